@@ -1,0 +1,181 @@
+"""Which files a dataset is made of: ids, their image and label paths, and the labeled/unlabeled split."""
+
+import hashlib
+import random
+import warnings
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from utils.config import Config, DatasetConfig
+from utils.errors import UserError
+from utils.randomness import keyed_seed
+
+PROJECT = Path(__file__).resolve().parent.parent
+SPLITS = ("labeled", "unlabeled", "val", "test")
+
+
+class DatasetFiles:
+    """The ids and paths behind a configuration. Raises UserError when a list or file is missing."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.block: DatasetConfig = config.data
+        self.root = Path(self.block.root)
+        if not self.root.is_dir():
+            raise UserError(
+                f"{self.root}: no such folder for dataset {self.block.name}; "
+                "give its place with --data-root DIR or data_root in the config"
+            )
+
+    def image_path(self, identifier: str) -> Path:
+        return self.root / self.block.images.replace("{id}", identifier)
+
+    def label_path(self, identifier: str) -> Path:
+        return self.root / self.block.labels.replace("{id}", identifier)
+
+    def ids(self, split: str) -> list[str]:
+        """The ids of "labeled", "unlabeled", "val" or "test", in the order of their list."""
+        if split in ("labeled", "unlabeled"):
+            return self._training_split[split]
+        source: str | None = getattr(self.block, split)
+        if source is None:
+            raise UserError(f"dataset {self.block.name} names no {split} list; add dataset.{split} to the config")
+        return self._read_ids(source)
+
+    def check_files(self, split: str, *, labels: bool) -> None:
+        """Every image of the split, and where asked every label map, exists; UserError names the first that do not."""
+        ids = self.ids(split)
+        paths = [self.image_path(i) for i in ids] + ([self.label_path(i) for i in ids] if labels else [])
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            shown = ", ".join(str(path) for path in missing[:3])
+            raise UserError(
+                f"{len(missing)} of {len(paths)} files of the {split} list are missing: {shown}{' ...' * (len(missing) > 3)}"
+            )
+
+    def check_for_training(self) -> None:
+        """All files that a run will read are there."""
+        self.check_files("labeled", labels=True)
+        if self.config.training.unlabeled.train_unlabeled:
+            self.check_files("unlabeled", labels=False)  # unlabeled images need no label file
+        self.check_files("val", labels=True)
+
+    def about(self, split: str) -> dict[str, str | int]:
+        """Which images a result is about, and which were labeled."""
+        return {
+            "dataset": self.block.name,
+            "split": split,
+            "split hash": self.split_hash(split),
+            "labeled": len(self.ids("labeled")),
+            "labeled hash": self.split_hash("labeled"),
+        }
+
+    def split_hash(self, split: str = "labeled") -> str:
+        """Twelve hex digits that name which images a split holds, whatever their order."""
+        return hashlib.sha256("\n".join(sorted(self.ids(split))).encode()).hexdigest()[:12]
+
+    @cached_property
+    def label_table(self) -> np.ndarray | None:
+        """(256,) uint8: id in a label file -> class or ``ignore_label``; None where ids are classes already."""
+        if self.block.label_ids is None:
+            return None
+        table = np.full(256, self.config.ignore_label, dtype=np.uint8)
+        table[self.block.label_ids] = np.arange(len(self.block.label_ids), dtype=np.uint8)
+        return table
+
+    @cached_property
+    def _training_split(self) -> dict[str, list[str]]:
+        wanted = self.config.training.data.labeled_samples
+        if self.block.labeled is not None:
+            labeled = self._read_ids(self.block.labeled)
+            where = f"{self.root / self.block.labeled} has {len(labeled)} ids"
+            if wanted is not None and wanted != len(labeled):
+                raise UserError(f"training.data.labeled_samples is {wanted}, but {where}; make them agree")
+            source = self.block.unlabeled
+            unlabeled = self._read_ids(source) if source else [i for i in self._train_ids if i not in set(labeled)]
+        else:
+            order = self._train_order()
+            count = len(order) if wanted is None else wanted
+            if count > len(order):
+                raise UserError(
+                    f"training.data.labeled_samples is {count}, but the training list has {len(order)} images"
+                )
+            labeled, unlabeled = order[:count], order[count:]
+        both = set(labeled) & set(unlabeled)
+        if both:
+            raise UserError(
+                f"{len(both)} ids are in the labeled and the unlabeled list, for example {sorted(both)[0]}; remove them from one"
+            )
+        if not unlabeled and self.config.training.unlabeled.train_unlabeled:
+            raise UserError(
+                f"all {len(labeled)} training images are labeled, none is left for the unlabeled terms; lower "
+                "training.data.labeled_samples, or set training.unlabeled.train_unlabeled to false"
+            )
+        return {"labeled": labeled, "unlabeled": unlabeled}
+
+    @cached_property
+    def _train_ids(self) -> list[str]:
+        assert self.block.train is not None  # the configuration's own check
+        return self._read_ids(self.block.train)
+
+    def _train_order(self) -> list[str]:
+        """The training ids in the order from which the first ``labeled_samples`` are labeled."""
+        index = self.config.training.data.split_id_list
+        ids = sorted(self._train_ids)
+        if index is not None:
+            for folder in (self.root, PROJECT):
+                path = folder / "splits" / self.block.name / f"split_{index}.txt"
+                if path.is_file():
+                    order = _parse_ids(path)
+                    if sorted(order) != ids:
+                        raise UserError(f"{path}: {len(order)} ids that are not the {len(ids)} of the training list")
+                    return order
+        random.Random(keyed_seed("split", index if index is not None else self.config.seed)).shuffle(ids)
+        if self.config.training.data.labeled_samples is not None:
+            digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]
+            wanted = (
+                f"splits/{self.block.name}/split_{index}.txt" if index is not None else "training.data.split_id_list"
+            )
+            warnings.warn(
+                f"no {wanted}: the labeled images are drawn by a seeded permutation of the sorted list (hash {digest})",
+                stacklevel=2,
+            )
+        return ids
+
+    def _read_ids(self, source: str) -> list[str]:
+        """Ids from a text file below root, or, when ``source`` has a *, from the images that exist."""
+        if "*" in source:
+            before, after = self.block.images.split("{id}")[:2]
+            found = sorted(
+                path.relative_to(self.root).as_posix() for path in self.root.glob(f"{before}{source}{after}")
+            )
+            ids = [name[len(before) : len(name) - len(after)] for name in found]
+            what = f"{self.root / (before + source + after)} matches no image"
+        else:
+            ids, what = _parse_ids(self.root / source), f"{self.root / source} is empty"
+        if not ids:
+            raise UserError(f"{what}; expected at least one")
+        return ids
+
+
+def _parse_ids(path: Path) -> list[str]:
+    """One id a line; empty lines and lines that start with # do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot read this id list ({error}); expected a text file with one id a line"
+        ) from None
+    ids = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    twice = len(ids) - len(set(ids))
+    if twice:
+        raise UserError(f"{path}: {twice} ids appear twice; list each once")
+    for identifier in ids:
+        parts = PurePosixPath(identifier)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise UserError(
+                f"{path}: id {identifier!r} leaves the dataset's folder; ids are names below it, without extension"
+            )
+    return ids

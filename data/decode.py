@@ -1,0 +1,53 @@
+"""Image and label files -> arrays, refusing what is damaged or not what it seems."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from utils.errors import UserError
+
+MAX_PIXELS = 100_000_000  # refused from the header: nobody labels such images, but a small file can claim to be one
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H,W,3) uint8 RGB. Raises UserError with the path when the file is missing or damaged."""
+    with _open(path) as image:
+        return np.asarray(_decode(image, path, "RGB"))
+
+
+def read_label(path: Path) -> np.ndarray:
+    """(H,W) uint8 ids as stored in a gray or palette PNG (VOC's own files are palette PNGs)."""
+    with _open(path) as image:
+        if image.mode not in ("P", "L"):
+            raise UserError(
+                f"{path}: a label map must be an 8-bit gray or palette PNG holding class ids, found mode {image.mode}; "
+                "convert its colors to ids first"
+            )
+        return np.asarray(_decode(image, path, image.mode))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the header alone."""
+    with _open(path) as image:
+        return image.height, image.width
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path, formats=("JPEG", "PNG"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, but a list names it") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable JPEG or PNG ({error})") from None
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise UserError(f"{path}: {image.width} x {image.height} pixels; refused above {MAX_PIXELS:,}")
+    return image
+
+
+def _decode(image: Image.Image, path: Path, mode: str) -> Image.Image:
+    try:
+        return image if image.mode == mode and not image.load() else image.convert(mode)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: damaged image data ({error}); fetch the file again") from None

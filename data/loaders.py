@@ -1,0 +1,221 @@
+"""Streams of training crops and of whole evaluation images.
+
+Which image and which crop come at a step depends on (seed, stream, step, place in the batch) alone, not on the number of
+loading processes or on where a run was resumed.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.datasets import DatasetFiles
+from data.decode import read_image, read_label
+from data.transforms import random_crop, resize
+from utils.batch import Batch
+from utils.config import parse_size
+from utils.errors import UserError
+from utils.randomness import keyed_seed
+
+Item = TypeVar("Item")
+
+
+class EvaluationImage(NamedTuple):
+    """image: (3,H,W) uint8 RGB at the network's input size; label: (h,w) int64 at the size that counts."""
+
+    image: Tensor
+    label: Tensor
+    id: str
+
+
+class Loader(Generic[Item]):
+    """A DataLoader whose samples' UserErrors reach the caller as they are, also from a worker process."""
+
+    def __init__(
+        self, dataset: "Dataset[Any]", indices: Sequence[int], collate: Callable[[list[Any]], Item], **options: Any
+    ) -> None:
+        workers = options.get("num_workers", 0)
+        self.loader = DataLoader(
+            dataset,
+            sampler=indices,
+            collate_fn=_Collate(collate),
+            worker_init_fn=_start_worker if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self.loader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+
+class TrainingCrops(Dataset[Batch | UserError]):
+    """Position p of a stream without end -> one crop: image p mod n of the p // n-th shuffled pass over the ids."""
+
+    def __init__(self, files: DatasetFiles, stream: str) -> None:
+        self.files, self.stream = files, stream
+        self.ids = files.ids(stream)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def id_at(self, position: int) -> str:
+        """The image at a position of the stream."""
+        epoch, place = divmod(position, len(self.ids))
+        if epoch != self._epoch:
+            rng = np.random.default_rng(keyed_seed(self.files.config.seed, self.stream, "order", epoch))
+            self._epoch, self._order = epoch, rng.permutation(len(self.ids))
+        return self.ids[self._order[place]]
+
+    def __getitem__(self, position: int) -> Batch | UserError:
+        try:
+            return self._crop(position)
+        except UserError as error:  # a value, so that no worker's traceback is wrapped around it
+            return error
+
+    def _crop(self, position: int) -> Batch:
+        config, identifier = self.files.config, self.id_at(position)
+        image, label = (
+            read_pair(self.files, identifier)
+            if self.stream == "labeled"
+            else (read_image(self.files.image_path(identifier)), None)
+        )
+        if self.files.block.resize:
+            size = parse_size(self.files.block.resize)
+            image, label = resize(image, size), None if label is None else resize(label, size)
+        rng = np.random.default_rng(keyed_seed(config.seed, self.stream, "crop", position))
+        image, label, valid = random_crop(
+            image, label, data=config.training.data, ignore_label=config.ignore_label, rng=rng
+        )
+        labels = None if label is None else torch.from_numpy(label).long()
+        return Batch(_to_tensor(image), labels, torch.from_numpy(valid), [identifier])
+
+
+class EvaluationImages(Dataset[EvaluationImage | UserError]):
+    """Whole images of a split with their label maps."""
+
+    def __init__(self, files: DatasetFiles, split: str, protocol: str) -> None:
+        self.files, self.ids = files, files.ids(split)
+        release = files.block.release_protocol if protocol == "release" else None
+        self.label_size = parse_size(release.resize) if release and release.resize else None
+        wanted = (release and release.resize) or files.block.resize
+        self.image_size = parse_size(wanted) if wanted else None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> EvaluationImage | UserError:
+        try:
+            image, label = read_pair(self.files, self.ids[index])
+        except UserError as error:
+            return error
+        image = resize(image, self.image_size) if self.image_size else image
+        label = resize(label, self.label_size) if self.label_size else label
+        return EvaluationImage(_to_tensor(image), torch.from_numpy(label).long(), self.ids[index])
+
+    def first(self, count: int) -> list[EvaluationImage]:
+        """The first images of the list. Raises UserError for a damaged one."""
+        items = [self[index] for index in range(min(count, len(self)))]
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+        return [item for item in items if isinstance(item, EvaluationImage)]
+
+
+def training_loader(files: DatasetFiles, stream: str, *, start_step: int) -> Loader[Batch]:
+    """Batches of "labeled" or "unlabeled" crops for the steps from ``start_step`` to the last."""
+    training = files.config.training
+    size, workers = training.batch_size, training.num_workers
+    positions = range(start_step * size, training.num_iterations * size)
+    return Loader(
+        TrainingCrops(files, stream),
+        positions,
+        _join_crops,
+        batch_size=size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+def evaluation_loader(
+    files: DatasetFiles, split: str, *, protocol: str, batch_size: int = 8
+) -> Loader[list[EvaluationImage]]:
+    """Lists of at most ``batch_size`` images of a split, in the order of its list."""
+    images = EvaluationImages(files, split, protocol)
+    workers = files.config.training.num_workers
+    return Loader(images, range(len(images)), list, batch_size=batch_size, num_workers=workers)
+
+
+def preview_batch(files: DatasetFiles, count: int = 3) -> Batch:
+    """The middle of the first validation images, with labels: something to show."""
+    still = files.config.training.data.model_copy(update={"scale": False, "crop": False, "flip": False})
+    crops = []
+    for item in EvaluationImages(files, "val", "original").first(count):
+        image, label = item.image.permute(1, 2, 0).numpy(), resize(item.label.byte().numpy(), item.image.shape[-2:])
+        image, label, valid = random_crop(
+            image, label, data=still, ignore_label=files.config.ignore_label, rng=np.random.default_rng(0)
+        )
+        crops.append(Batch(_to_tensor(image), torch.from_numpy(label).long(), torch.from_numpy(valid), [item.id]))
+    return _join_crops(crops)
+
+
+def read_pair(files: DatasetFiles, identifier: str) -> tuple[np.ndarray, np.ndarray]:
+    """(H,W,3) uint8 image and (H,W) uint8 label of classes and ``ignore_label``; UserError when they do not fit."""
+    image, path = read_image(files.image_path(identifier)), files.label_path(identifier)
+    label = read_label(path)
+    if label.shape != image.shape[:2]:
+        raise UserError(
+            f"{path}: label map of {label.shape[1]} x {label.shape[0]} for an image of {image.shape[1]} x {image.shape[0]} pixels"
+        )
+    if files.label_table is not None:
+        return image, files.label_table[label]
+    counts = np.bincount(label.ravel(), minlength=256)
+    ignore, classes = files.config.ignore_label, files.config.num_classes
+    outside = [index for index in np.flatnonzero(counts) if index >= classes and index != ignore]
+    if outside:
+        found = ", ".join(f"{index} ({counts[index]} pixels)" for index in outside[:5])
+        raise UserError(
+            f"{path}: label ids out of range: {found}; expected 0..{classes - 1} or ignore_label {ignore}. "
+            "Check the number of classes, ignore_label, or map the ids with dataset.label_ids"
+        )
+    return image, label
+
+
+class _Collate(Generic[Item]):
+    """The first UserError among the samples, else what ``join`` makes of them. A class, so that workers can be spawned."""
+
+    def __init__(self, join: Callable[[list[Any]], Item]) -> None:
+        self.join = join
+
+    def __call__(self, samples: list[Any]) -> Item | UserError:
+        error = next((sample for sample in samples if isinstance(sample, UserError)), None)
+        return self.join(samples) if error is None else error
+
+
+def _join_crops(crops: list[Batch]) -> Batch:
+    labels = [crop.labels for crop in crops if crop.labels is not None]
+    return Batch(
+        images=torch.stack([crop.images for crop in crops]),
+        labels=torch.stack(labels) if labels else None,
+        valid=torch.stack([crop.valid for crop in crops]),
+        ids=[identifier for crop in crops for identifier in crop.ids],
+    )
+
+
+def _to_tensor(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def _start_worker(_: int) -> None:
+    """The main process alone decides when a run stops; and a worker is one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loader's own way to end its workers
+    cv2.setNumThreads(0)

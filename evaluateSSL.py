@@ -1,0 +1,60 @@
+"""Evaluate a checkpoint: python3 evaluateSSL.py --model-path CHECKPOINT."""
+
+import json
+
+from utils.cli import evaluation_parser
+from utils.config import check_config
+from utils.errors import UserError, run_script
+
+
+def main() -> int:
+    args = evaluation_parser().parse_args()
+
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from data import DatasetFiles, evaluation_loader
+    from model import CrossTeacher, build_networks
+    from utils.checkpoint import load_checkpoint, resolve_checkpoint
+    from utils.evaluate import evaluate
+    from utils.run import choose_device, code_version
+    from utils.visualize import write_label
+
+    path = resolve_checkpoint(args.model_path)
+    state = load_checkpoint(path)
+    values = json.loads(state["config"]) | ({"data_root": args.data_root} if args.data_root else {})
+    config = check_config(values, source=str(path))
+    if args.protocol == "release" and config.data.release_protocol is None:
+        raise UserError(
+            f'--protocol release: dataset {config.data.name} defines none (dataset.release_protocol); use "original"'
+        )
+    device = choose_device("auto" if args.gpu is None else f"cuda:{args.gpu}")
+    files = DatasetFiles(config)
+    files.check_files(args.split, labels=True)
+    method = CrossTeacher(build_networks(config), config, labeled_samples=1)
+    method.load_state_dict(state["method"])
+    output = args.output or path.parent / f"evaluation-{args.split}-{args.protocol}"
+
+    def save(identifier: str, prediction: Tensor) -> None:
+        write_label(output / "images" / f"{identifier}.png", prediction.numpy(), config.data.palette)
+
+    loader = evaluation_loader(files, args.split, protocol=args.protocol)
+    about = {"checkpoint": str(path), "protocol": args.protocol, "step": state["step"], "seed": config.seed}
+    evaluation = evaluate(
+        method.to(device).models(),
+        tqdm(loader, unit="batch"),
+        class_names=config.data.class_names,
+        device=device,
+        pad=config.release_pad(args.protocol),
+        about=files.about(args.split) | about | {"commit": code_version()},
+        on_prediction=save if args.save_output_images else None,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "result.json").write_text(json.dumps(evaluation.as_dict(), indent=1) + "\n", encoding="utf-8")
+    (output / "result.txt").write_text(evaluation.as_text(), encoding="utf-8")
+    print(f"\n{evaluation.as_text()}\nresults in {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

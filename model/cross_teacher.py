@@ -1,0 +1,254 @@
+"""Cross Teacher Training (Xiao et al., Neurocomputing 2022): the paper.
+
+Two students learn, each from the other one's teacher. ``CrossTeacher.training_step`` is one step in the paper's order;
+the loop around it (utils/trainer.py) knows nothing of the method.
+
+Shapes: B batch, C classes, D feature channels, H x W image, h x w feature grid. The peers are 0 and 1.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.memory_bank import MemoryBank
+from model.network import NetworkOutput, SegmentationNetwork
+from model.teacher import EmaTeacher, predict_frozen, predict_probabilities, upsample
+from utils.augment import draw_flips, horizontal_flip, strong_augment
+from utils.batch import Batch
+from utils.config import Config
+from utils.contrast import high_level_contrast, low_level_contrast
+from utils.losses import confident_share, cross_entropy, mean_squared_error, pixel_weight, weighted_cross_entropy
+from utils.mixing import draw_mix_masks, mix
+from utils.randomness import keyed_seed
+
+PEERS = ((0, 1), (1, 0))  # (own, peer)
+Losses = dict[tuple[str, int], Tensor]  # (term, own) -> () float32
+
+
+class StrongView(NamedTuple):
+    """What a student sees of the unlabeled batch, and what its cross teacher says of it.
+
+    images: (B,3,H,W) RGB in [0,1], mixed and augmented
+    probabilities: (B,C,H,W) of the teacher, mixed like the images; confidence (B,H,W) and pseudo_label (B,H,W) int64
+        are their maximum and its class
+    source: (B,H,W) int64, which pixel of the unlabeled batch is shown here
+    valid: (B,H,W) bool, False on padding (all True with ``mask_padding: false``)
+    """
+
+    images: Tensor
+    probabilities: Tensor
+    confidence: Tensor
+    pseudo_label: Tensor
+    source: Tensor
+    valid: Tensor
+
+
+class CrossTeacher(nn.Module):
+    """Two students, two teachers, two memory banks; ``state_dict`` is all that the method remembers.
+
+    networks: two networks that start from different weights. labeled_samples: number of labeled images.
+    """
+
+    def __init__(self, networks: Sequence[SegmentationNetwork], config: Config, *, labeled_samples: int) -> None:
+        super().__init__()
+        self.config, self.labeled_samples = config, labeled_samples
+        self.unlabeled, self.contrastive = config.training.unlabeled, config.training.contrastive
+        self.students = nn.ModuleList(networks)
+        self.teachers = nn.ModuleList(
+            EmaTeacher(net, self.unlabeled.ema_decay, self.unlabeled.teacher_norm) for net in networks
+        )
+        size, dim = self.contrastive.memory_size, config.feature_channels
+        self.banks = nn.ModuleList(MemoryBank(config.num_classes, size, dim) for _ in networks)
+        self.loss_weights = {
+            "supervised": 1.0,
+            "cross_teacher": self.unlabeled.consistency_weight,
+            "high_level": self.contrastive.high_weight,
+            "low_level": self.contrastive.low_weight,
+        }
+        self._banks_are_ready = False  # never turns back, so it is asked no more once true
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def training_step(self, labeled: Batch, unlabeled: Batch | None, *, step: int) -> Losses:
+        """One step of the paper -> the losses of ``active_terms(step)`` for both peers, to be summed by ``total_loss``."""
+        terms = self.active_terms(step)
+        losses: Losses = {}
+        seen = [student(student.normalization(labeled.images)) for student in self.students]
+        for own, _ in PEERS:
+            logits = upsample(seen[own].logits, labeled.labels)
+            losses["supervised", own] = cross_entropy(logits, labeled.labels, self.config.ignore_label)
+        if terms == ["supervised"]:
+            return losses
+
+        targets = [self.predict_target(own, peer, unlabeled.images) for own, peer in PEERS]  # (B,C,H,W), no gradient
+        views = [self.strong_view(own, unlabeled, targets, step=step) for own, _ in PEERS]
+        mixed = [
+            student(student.normalization(view.images)) for student, view in zip(self.students, views, strict=True)
+        ]
+        for own, peer in PEERS:
+            if "cross_teacher" in terms:
+                losses["cross_teacher", own] = self.consistency(mixed[own], views[own], step=step)
+            if "high_level" in terms:
+                losses["high_level", own] = self.high_level(own, labeled, seen[own], views[own], mixed[own])
+            if "low_level" in terms:
+                losses["low_level", own] = self.low_level(views[own], views[peer], mixed[own], mixed[peer])
+        return losses
+
+    def total_loss(self, losses: Losses, *, step: int) -> Tensor:
+        """The weighted sum over terms and peers; a term that is missing or not expected at this step is our mistake."""
+        expected = {(term, own) for term in self.active_terms(step) for own, _ in PEERS}
+        assert set(losses) == expected, f"losses {sorted(losses)}, expected {sorted(expected)}"
+        return torch.stack([self.loss_weights[term] * loss for (term, _), loss in losses.items()]).sum()
+
+    @torch.no_grad()
+    def after_step(self, labeled: Batch, *, step: int) -> None:
+        """Teachers follow their students; each teacher fills its bank from the labeled images."""
+        samples = self.labeled_samples
+        max_new = max(2 * self.contrastive.memory_size // samples, labeled.images.shape[0])
+        for student, teacher, bank in zip(self.students, self.teachers, self.banks, strict=True):
+            teacher.update(student, step)
+            if self.uses_banks:
+                output = predict_frozen(teacher.network, labeled.images, norm=teacher.norm)
+                truth = shrink(labeled.labels, output.logits)
+                probabilities = output.logits.float().softmax(dim=1)
+                bank.add(output.features, probabilities, truth, max_new, self.contrastive.memory_confidence)
+
+    # ------------------------------------------------------------------------------------------------ its parts
+
+    def active_terms(self, step: int) -> list[str]:
+        """The terms that are trained at a step. A term of weight 0 is not computed."""
+        terms = ["supervised"]
+        if self.unlabeled.train_unlabeled and step >= self.unlabeled.start_iteration:
+            terms += ["cross_teacher"]
+            if self.uses_banks and self.contrast_has_started(step):
+                terms += ["high_level", "low_level"]
+        return [term for term in terms if self.loss_weights[term] > 0]
+
+    @property
+    def uses_banks(self) -> bool:
+        weights = self.contrastive.high_weight + self.contrastive.low_weight
+        return self.unlabeled.train_unlabeled and weights > 0
+
+    def contrast_has_started(self, step: int) -> bool:
+        """At ``contrast_start``; else when every class seen is full in both banks, not before one pass over the images."""
+        if self.contrastive.contrast_start is not None:
+            return step >= self.contrastive.contrast_start
+        if not self._banks_are_ready and step * self.config.training.batch_size >= self.labeled_samples:
+            self._banks_are_ready = all(bool(bank.is_ready()) for bank in self.banks)
+        return self._banks_are_ready
+
+    def predict_target(self, own: int, peer: int, images: Tensor) -> Tensor:
+        """(B,C,H,W) probabilities from whom student ``own`` learns: the cross in cross teacher, or one of its ablations."""
+        networks = {
+            "cross": self.teachers[peer].network,
+            "self": self.teachers[own].network,
+            "peer": self.students[peer],
+        }
+        return predict_probabilities(networks[self.unlabeled.teacher], images, norm=self.unlabeled.teacher_norm)
+
+    def strong_view(self, own: int, unlabeled: Batch, targets: Sequence[Tensor], *, step: int) -> StrongView:
+        """Mix, flip, jitter and blur the unlabeled batch for student ``own``; targets: the (B,C,H,W) of both students."""
+        options = self.unlabeled
+        drawn_for = 0 if options.strong_view == "shared" else own  # the same key draws the same view
+        generator = torch.Generator().manual_seed(keyed_seed(self.config.seed, "strong view", drawn_for, step))
+        valid = unlabeled.valid if options.mask_padding else torch.ones_like(unlabeled.valid)
+        predicted = targets[drawn_for].argmax(dim=1).where(valid, self.config.ignore_label)
+        mask = draw_mix_masks(options.mix_mask, predicted, generator, ignore_label=self.config.ignore_label)
+        source = torch.arange(valid.numel(), device=valid.device).view_as(valid)
+
+        parts = [mix(part, mask) for part in (unlabeled.images, targets[own], source, valid)]
+        if options.flip:
+            flips = draw_flips(len(valid), generator)
+            parts = [horizontal_flip(part, flips) for part in parts]
+        images, probabilities, source, valid = parts
+        images = strong_augment(images, generator, color_jitter=options.color_jitter, blur=options.blur)
+        confidence, pseudo_label = probabilities.max(dim=1)
+        return StrongView(images, probabilities, confidence, pseudo_label, source, valid)
+
+    def consistency(self, mixed: NetworkOutput, view: StrongView, *, step: int) -> Tensor:
+        """The cross-teacher term L_ct of one student: its prediction on the strong view against the pseudo-label."""
+        options, logits = self.unlabeled, upsample(mixed.logits, view.images)
+        if options.consistency_loss == "MSE":
+            share = confident_share(view.confidence, view.valid, options.confidence_threshold)
+            return share * mean_squared_error(logits, view.probabilities, valid=view.valid)
+        weight = pixel_weight(
+            options.pixel_weight, view.confidence, step=step, valid=view.valid, threshold=options.confidence_threshold
+        )
+        return weighted_cross_entropy(logits, view.pseudo_label, weight, self.config.ignore_label)
+
+    def high_level(
+        self, own: int, labeled: Batch, seen: NetworkOutput, view: StrongView, mixed: NetworkOutput
+    ) -> Tensor:
+        """L_hc: a student's reliable features, labeled and unlabeled, against its own memory bank."""
+        options, bank = self.contrastive, self.banks[own]
+        reliable = view.valid & (view.confidence >= options.confidence)
+        labels = torch.cat((shrink(labeled.labels, seen.features), shrink(view.pseudo_label, mixed.features)))
+        known = torch.cat((labeled.labels != self.config.ignore_label, reliable))
+        return high_level_contrast(
+            torch.cat((seen.features, mixed.features)),
+            labels,
+            shrink(known, seen.features),
+            bank.entries,
+            temperature=options.high_temperature,
+            counts=bank.counts,
+        )
+
+    def low_level(
+        self, view: StrongView, peer_view: StrongView, mixed: NetworkOutput, peer_mixed: NetworkOutput
+    ) -> Tensor:
+        """L_lc: a student's unreliable features follow the peer student's of the same pixel, where the peer is surer."""
+        options = self.contrastive
+        confidence, _ = mixed.logits.detach().float().softmax(dim=1).max(dim=1)  # (B,h,w)
+        peer_confidence, peer_class = peer_mixed.logits.detach().float().softmax(dim=1).max(dim=1)
+        unreliable = view.valid & (view.confidence < options.confidence) & (view.source == peer_view.source)
+        mask = shrink(unreliable, mixed.features)
+        if options.direction == "confidence":
+            mask = mask & (peer_confidence > confidence) & (peer_confidence >= options.confidence)
+        return low_level_contrast(
+            mixed.features,
+            peer_mixed.features.detach(),
+            peer_class,
+            mask,
+            [bank.entries for bank in self.banks],
+            temperature=options.low_temperature,
+            counts=[bank.counts for bank in self.banks],
+        )
+
+    # ------------------------------------------------------------------------------------------------ its surroundings
+
+    def models(self) -> dict[str, nn.Module]:
+        """The four networks by name, for evaluation; the ensemble is the mean of the students' probabilities."""
+        students = {f"student_{own}": student for own, student in enumerate(self.students)}
+        return students | {f"teacher_{own}": teacher.network for own, teacher in enumerate(self.teachers)}
+
+    def log_values(self) -> dict[str, float]:
+        """How full the banks are: the share of the classes seen that is filled, for each peer."""
+        if not self.uses_banks:
+            return {}
+        return {f"bank_fill/{own}": bank.fill().item() for own, bank in enumerate(self.banks)}
+
+    @torch.no_grad()
+    def preview(self, batch: Batch, *, step: int) -> dict[str, Tensor]:
+        """What student 0 would learn from a batch now: its target, its strong view, and what it predicts there.
+
+        Returns title -> (B,3,H,W) float RGB or (B,H,W) int64 class ids. Changes nothing.
+        """
+        targets = [self.predict_target(own, peer, batch.images) for own, peer in PEERS]
+        view = self.strong_view(0, batch, targets, step=step)
+        prediction = predict_probabilities(self.students[0], view.images, norm="running").argmax(dim=1)
+        return {
+            "input": batch.images,
+            "pseudo-label": targets[0].argmax(dim=1),
+            "mixed image": view.images,
+            "mixed pseudo-label": view.pseudo_label,
+            "prediction of student 0": prediction,
+        }
+
+
+def shrink(values: Tensor, like: Tensor) -> Tensor:
+    """(B,H,W) of any dtype -> (B,h,w) of another tensor's last two sizes, by torch's nearest neighbour."""
+    small = F.interpolate(values[:, None].double(), size=like.shape[-2:], mode="nearest")
+    return small[:, 0].to(values.dtype)

@@ -1,0 +1,65 @@
+"""The memory banks (paper: section 3.3; METHOD 7)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class MemoryBank(nn.Module):
+    """Per class a first-in-first-out buffer of a teacher's features on labeled pixels.
+
+    Buffers:
+        entries: (C,K,D) float32, oldest first; slots not yet filled are 0.
+        counts: (C,) int64, filled entries of each class.
+        seen: (C,) bool, True once the class occurred in a ground truth.
+    """
+
+    entries: Tensor
+    counts: Tensor
+    seen: Tensor
+
+    def __init__(self, num_classes: int, size: int = 256, dim: int = 256) -> None:
+        super().__init__()
+        self.register_buffer("entries", torch.zeros(num_classes, size, dim))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+
+    @torch.no_grad()
+    def add(
+        self, features: Tensor, probabilities: Tensor, labels: Tensor, max_new: int, threshold: float = 0.95
+    ) -> None:
+        """Take each class's ``max_new`` most confident pixels among those that the teacher gets right and is sure of.
+
+        features: (B,D,h,w) of the teacher; probabilities: (B,C,h,w), not logits: the release compares a logit with the
+        threshold here; labels: (B,h,w) int64 ground truth, values outside 0..C-1 are no pixels.
+        """
+        classes, size, dim = self.entries.shape
+        truth = labels.flatten()  # (N,)
+        confidence, predicted = probabilities.float().movedim(1, -1).reshape(-1, classes).max(dim=1)
+        of_class = truth == torch.arange(classes, device=truth.device)[:, None]  # (C,N)
+        self.seen |= of_class.any(dim=1)
+        score = torch.where(of_class & (predicted == truth) & (confidence >= threshold), confidence, -1.0)
+        # A stable sort: which of equally confident pixels comes first is the same on every device.
+        score, pixel = (part[:, :max_new] for part in score.sort(dim=1, descending=True, stable=True))
+        new = features.float().movedim(1, -1).reshape(-1, dim)[pixel]  # (C,m,D)
+        arrived = (score >= 0).sum(dim=1)
+
+        # Slot j of a class holds the j-th of (old entries, new entries) once the oldest `leaving` are gone.
+        total = self.counts + arrived
+        leaving = (total - size).clamp(min=0)
+        position = torch.arange(size, device=truth.device) + leaving[:, None]  # (C,K)
+        from_new = size + position - self.counts[:, None]
+        index = torch.where(position < self.counts[:, None], position, from_new)
+        filled = position < total[:, None]
+        both = torch.cat((self.entries, new), dim=1)
+        kept = both.gather(1, index.where(filled, 0)[..., None].expand(-1, -1, dim))
+        self.entries.copy_(kept * filled[..., None])
+        self.counts.copy_(total.clamp(max=size))
+
+    def is_ready(self) -> Tensor:
+        """() bool: every class seen so far is full, and there is one."""
+        return self.seen.any() & ((self.counts == self.entries.shape[1]) | ~self.seen).all()
+
+    def fill(self) -> Tensor:
+        """() float32: filled share of the slots of the classes seen; 0 before there is one."""
+        slots = self.seen.sum() * self.entries.shape[1]
+        return (self.counts * self.seen).sum() / slots.clamp(min=1)

@@ -1,0 +1,28 @@
+"""Make and prepare datasets: python3 prepare_data.py demo datasets/demo."""
+
+import argparse
+from pathlib import Path
+
+from utils.errors import run_script
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Make and prepare datasets.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo", help="generate the demo dataset", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    demo.add_argument("root", type=Path, help="folder to make; nothing happens if it is there already")
+    demo.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    args = parser.parse_args()
+
+    from data.demo import make_demo_dataset
+
+    print(f"demo dataset: {make_demo_dataset(args.root, seed=args.seed)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

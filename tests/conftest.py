@@ -1,0 +1,66 @@
+"""Tiny networks, batches and configurations that the tests share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from utils.batch import Batch
+from utils.config import Config, check_config
+
+CLASSES = 3
+
+
+def tiny_values(**changes: Any) -> dict[str, Any]:
+    """The JSON values of a run on a small network; ``changes`` are dotted keys with __ for the dots."""
+    values: dict[str, Any] = {
+        "backbone": "resnet18",
+        "backbone_width": 8,
+        "feature_channels": 32,
+        "pretrained": "none",
+        "dataset": {"root": "nowhere", "labeled": "labeled.txt", "unlabeled": "unlabeled.txt", "num_classes": CLASSES},
+        "seed": 1,
+        "training": {
+            "batch_size": 2,
+            "num_workers": 0,
+            "num_iterations": 8,
+            "learning_rate": 0.01,
+            "data": {"input_size": "40,48"},
+            "unlabeled": {},
+            "contrastive": {"memory_size": 4, "memory_confidence": 0.0},
+        },
+        "utils": {},
+    }
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        block = values
+        for name in parents:
+            block = block.setdefault(name, {})
+        block[last] = value
+    return values
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., Config]:
+    return lambda **changes: check_config(tiny_values(**changes), source="test")
+
+
+@pytest.fixture
+def batches() -> Callable[..., tuple[Batch, Batch]]:
+    """(labeled, unlabeled) random batches, as they reach the training step."""
+
+    def make(size: int = 2, *, seed: int = 0, height: int = 40, width: int = 48) -> tuple[Batch, Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.rand(2 * size, 3, height, width, generator=generator)
+        labels = torch.randint(0, CLASSES, (size, height, width), generator=generator)
+        labels[:, :2] = 255
+        valid = torch.ones(2 * size, height, width, dtype=torch.bool)
+        valid[:, -3:] = False
+        names = [f"image_{index}" for index in range(2 * size)]
+        return (
+            Batch(images[:size], labels, valid[:size], names[:size]),
+            Batch(images[size:], None, valid[size:], names[size:]),
+        )
+
+    return make

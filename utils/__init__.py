@@ -1,0 +1,1 @@
+"""Maths and engine; imports nothing else of ours, and nothing by itself."""

@@ -1,0 +1,72 @@
+"""Checkpoints: one file with everything, written so that a crash never leaves half of one, read with suspicion."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.errors import CheckpointError, StorageError
+
+FORMAT, VERSION = "cross-teacher-training", 1
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain Python values to ``path``; the file there is the old one or the new one, never a mixture.
+
+    Raises StorageError when the disk is full or not writable; the old file is then intact and nothing is left over.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION} | state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # else the new name may be lost with the power
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # a full disk inside torch.save is a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path}: cannot write this checkpoint ({error}); is the disk full? Any older one is intact"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises CheckpointError when it is missing, damaged, unsafe or of another format."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise CheckpointError(f"{path}: compressed records, which this project never writes; not loaded")
+            damaged = archive.testzip()  # torch.load itself checks no CRC
+        if damaged is not None:
+            raise CheckpointError(f"{path}: record {damaged} is damaged; use another checkpoint")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this project (expected format {FORMAT!r})")
+    if state["version"] != VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format version {state['version']}; this code reads version {VERSION}"
+        )
+    return state
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint file, or the best (else the last) one of a run folder."""
+    if not path.is_dir():
+        return path
+    found = [file for name in ("best_model.pth", "checkpoint.pth") if (file := path / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{path}: neither best_model.pth nor checkpoint.pth in this folder")
+    return found[0]

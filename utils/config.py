@@ -1,0 +1,463 @@
+"""The configuration as one checked type: the release's keys, ours, their defaults and their meaning.
+
+Importing this module does not import torch, so that a wrong key is reported within a moment.
+``python3 -m utils.config`` rewrites configs/config.schema.json and prints the README's table of keys.
+"""
+
+import difflib
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from utils.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Size = Annotated[str, Field(pattern=r"^\s*[1-9]\d*\s*,\s*[1-9]\d*\s*$")]
+Color = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"321,321"`` -> (height, width) in pixels."""
+    height, width = (int(part) for part in text.split(","))
+    return height, width
+
+
+class Section(BaseModel):
+    """Frozen, strict, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ReleaseProtocol(Section):
+    """What the evaluation protocol "release" does to the images of a dataset: exactly one of the two."""
+
+    pad: Size | None = Field(None, description="pad image and label to this size, cut the prediction back")
+    resize: Size | None = Field(None, description="resize image and label to this size")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "ReleaseProtocol":
+        if (self.pad is None) == (self.resize is None):
+            raise ValueError("give exactly one of pad and resize")
+        return self
+
+
+class DatasetConfig(Section):
+    """A folder of images and label maps. An id list is a text file below root, one id a line, or a pattern with *."""
+
+    name: str = Field("custom", description="how results call it")
+    root: str = Field(description="folder of the dataset; `--data-root` and `data_root` override it")
+    images: str = Field("JPEGImages/{id}.jpg", description="image of an id, below root")
+    labels: str = Field("SegmentationClassAug/{id}.png", description="label map of an id, below root")
+    train: str | None = Field(
+        None, description="ids of all training images; needed unless labeled and unlabeled are given"
+    )
+    labeled: str | None = Field(None, description="ids of the labeled images; else drawn from train, see split_id_list")
+    unlabeled: str | None = Field(None, description="ids of the unlabeled images; else train without labeled")
+    val: str = Field("ImageSets/Segmentation/val.txt", description="ids of the validation images")
+    test: str | None = Field(None, description="ids of the test images, for `evaluateSSL.py --split test`")
+    num_classes: Positive | None = Field(None, description="number of classes; or give names")
+    names: list[str] | None = Field(None, description="names of the classes, in the order of their ids")
+    label_ids: list[int] | None = Field(
+        None, description="ids in the label files that are class 0, 1, ...; all others are ignored. Default: 0, 1, ..."
+    )
+    palette: list[Color] | None = Field(None, description="RGB color of each class; default: VOC's colors")
+    resize: Size | None = Field(None, description='"h,w" that every image is resized to before anything else')
+    release_protocol: ReleaseProtocol | None = Field(None, description='pad or resize of the protocol "release"')
+
+    @field_validator("images", "labels")
+    @classmethod
+    def _has_id(cls, value: str) -> str:
+        if "{id}" not in value:
+            raise ValueError('must contain {id}, for example "images/{id}.jpg"')
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DatasetConfig":
+        if self.num_classes is None and not self.names:
+            raise ValueError("give names or num_classes")
+        classes = self.classes
+        for key in ("names", "label_ids", "palette"):
+            given = getattr(self, key)
+            if given is not None and len(given) != classes:
+                raise ValueError(f"{key} has {len(given)} entries, but there are {classes} classes")
+        if self.train is None and (self.labeled is None or self.unlabeled is None):
+            raise ValueError("give train, or both labeled and unlabeled")
+        return self
+
+    @property
+    def classes(self) -> int:
+        return self.num_classes if self.num_classes is not None else len(self.names or [])
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.names or [f"class {index}" for index in range(self.classes)]
+
+
+VOC_NAMES = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+CITYSCAPES_NAMES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+CITYSCAPES_PALETTE = [
+    *([128, 64, 128], [244, 35, 232], [70, 70, 70], [102, 102, 156], [190, 153, 153], [153, 153, 153]),
+    *([250, 170, 30], [220, 220, 0], [107, 142, 35], [152, 251, 152], [70, 130, 180], [220, 20, 60], [255, 0, 0]),
+    *([0, 0, 142], [0, 0, 70], [0, 60, 100], [0, 80, 100], [0, 0, 230], [119, 11, 32]),
+]
+DATASETS = {
+    "pascal_voc": DatasetConfig(
+        name="pascal_voc",
+        root="datasets/VOC2012",
+        train="ImageSets/Segmentation/train_aug.txt",
+        names=VOC_NAMES,
+        release_protocol=ReleaseProtocol(pad="505,505"),
+    ),
+    "cityscapes": DatasetConfig(
+        name="cityscapes",
+        root="datasets/CityScapes",
+        images="leftImg8bit/{id}_leftImg8bit.png",
+        labels="gtFine/{id}_gtFine_labelIds.png",
+        train="train/*/*",
+        val="val/*/*",
+        names=CITYSCAPES_NAMES,
+        label_ids=CITYSCAPES_IDS,
+        palette=CITYSCAPES_PALETTE,
+        resize="512,1024",
+        release_protocol=ReleaseProtocol(resize="512,1024"),
+    ),
+}
+
+
+class DataConfig(Section):
+    """How training images are chosen and cropped."""
+
+    split_id_list: NotNegative | None = Field(
+        None,
+        description="draw the labeled images with split k (`splits/<dataset>/split_k.txt`, else a seeded permutation)",
+    )
+    labeled_samples: Positive | None = Field(
+        None, description="number of labeled images; with a list, its length must agree"
+    )
+    input_size: Size = Field("321,321", description='"h,w" of the training crops')
+    scale: bool = Field(True, description="resize images and labels by a random factor before cropping")
+    scale_range: tuple[Rate, Rate] = Field((0.5, 1.5), description="the factor's range")
+    crop: bool = Field(True, description="crop at a random place; false: in the middle")
+    flip: bool = Field(True, description="mirror left-right with probability 0.5")
+
+    @field_validator("scale_range")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("the first number must not be larger than the second")
+        return value
+
+
+class UnlabeledConfig(Section):
+    """The cross-teacher term (paper: L_ct) and its strong views."""
+
+    train_unlabeled: bool = Field(True, description="false: the supervised baseline, labeled images only")
+    start_iteration: NotNegative = Field(0, description="before it only the supervised term is trained")
+    consistency_weight: Weight = Field(1.0, description="weight of the term `cross_teacher`")
+    consistency_loss: Literal["CE", "MSE"] = Field("CE", description="how predictions are compared with the teacher's")
+    pixel_weight: Literal["threshold_uniform", "threshold", "power", "sigmoid"] | Literal[False] | None = Field(
+        "threshold_uniform", description='weight of a pixel from the teacher\'s confidence; false: 1. For "CE"'
+    )
+    confidence_threshold: Probability = Field(
+        0.968, description='what "threshold", "threshold_uniform" and "MSE" call confident'
+    )
+    mix_mask: Literal["class", "cut", "cow", "None"] | None = Field(
+        "class", description="how two unlabeled images are mixed"
+    )
+    flip: bool = Field(False, description="mirror each strong view with probability 0.5")
+    color_jitter: bool = Field(True, description="color jitter on the strong view, with probability 0.8 a batch")
+    blur: bool = Field(True, description="Gaussian blur on the strong view, with probability 0.5 a batch")
+    strong_view: Literal["independent", "shared"] = Field(
+        "independent", description="each student's view drawn from its own cross teacher, or one view for both"
+    )
+    teacher: Literal["cross", "self", "peer"] = Field(
+        "cross",
+        description="who gives a student its pseudo-labels: the peer's teacher, its own teacher, or the peer student",
+    )
+    teacher_norm: Literal["batch", "running"] = Field(
+        "batch",
+        description="BatchNorm statistics of a teacher that predicts in training: of the batch, or the running ones",
+    )
+    ema_decay: Probability = Field(0.99, description="largest decay of the teachers' moving average")
+    mask_padding: bool = Field(True, description="pixels that are only padding carry no pseudo-label")
+
+
+class ContrastiveConfig(Section):
+    """The two contrastive terms (paper: L_hc, L_lc) and the memory banks."""
+
+    high_weight: Weight = Field(0.1, description="weight of the term `high_level`; 0: not computed")
+    low_weight: Weight = Field(0.1, description="weight of the term `low_level`; 0: not computed")
+    high_temperature: Rate = Field(0.1, description="temperature of `high_level`")
+    low_temperature: Rate = Field(0.5, description="temperature of `low_level`")
+    confidence: Probability = Field(
+        0.75, description="at or above: a pixel is reliable (`high_level`); below: unreliable"
+    )
+    direction: Literal["confidence", "none"] = Field(
+        "confidence", description="`low_level` follows the peer only where the peer is more confident; none: everywhere"
+    )
+    contrast_start: NotNegative | None = Field(
+        None, description="iteration at which both terms start; null: when every class seen is full in both banks"
+    )
+    memory_size: Positive = Field(256, description="entries a class in each memory bank")
+    memory_confidence: Probability = Field(
+        0.95, description="least teacher probability of a feature that enters a bank"
+    )
+
+
+class TrainingConfig(Section):
+    """One run."""
+
+    batch_size: Positive = Field(5, description="labeled images a step, and as many unlabeled ones")
+    num_workers: NotNegative = Field(3, description="processes that load images, for each of the two streams; 0: none")
+    optimizer: Literal["SGD"] = Field("SGD", description="the release knows this one")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
+    num_iterations: Positive = Field(40000, description="number of steps T")
+    learning_rate: Rate = Field(2.5e-4, description="base rate, of the backbone")
+    backbone_lr_multiplier: Rate = Field(
+        1.0, description="3 gives the release's rate, which lists these parameters three times"
+    )
+    head_lr_multiplier: Rate = Field(10.0, description="rate of everything but the backbone, over the base rate")
+    lr_schedule: Literal["Poly"] | None = Field("Poly", description="`base * (1 - t/T)^power`; null: constant")
+    lr_schedule_power: Weight = Field(0.9, description="power of the schedule")
+    weight_decay: Weight = Field(5e-4, description="of SGD")
+    decay_norm_and_bias: bool = Field(
+        True, description="weight decay on norm parameters and biases too, as the release"
+    )
+    use_sync_batchnorm: bool = Field(
+        False, description="BatchNorm over all processes; this version trains in one and says so"
+    )
+    warmup_iters: NotNegative | None = Field(None, description="accepted and ignored, as in the release")
+    data: DataConfig = DataConfig()
+    unlabeled: UnlabeledConfig = UnlabeledConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+
+    @model_validator(mode="after")
+    def _contrast_needs_unlabeled(self) -> "TrainingConfig":
+        start = self.contrastive.contrast_start
+        if start is not None and self.unlabeled.train_unlabeled and start < self.unlabeled.start_iteration:
+            raise ValueError("contrastive.contrast_start must not be before unlabeled.start_iteration")
+        return self
+
+
+class UtilsConfig(Section):
+    """Checkpoints, validation and logs."""
+
+    checkpoint_dir: str = Field("runs", description="where run folders are made")
+    save_checkpoint_every: Positive = Field(10000, description="steps between checkpoints")
+    save_best_model: bool = Field(True, description="keep `best_model.pth`, by the ensemble's validation mIoU")
+    val_per_iter: Positive = Field(1000, description="steps between validations")
+    val_protocol: Literal["release", "original"] = Field("original", description="protocol of the validations")
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+    log_per_iter: Positive = Field(20, description="steps between lines of log.jsonl and TensorBoard")
+
+
+def _dataset_kind(value: Any) -> str:
+    return "preset" if isinstance(value, str) else "block"
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    json_schema: str | None = Field(None, alias="$schema", description="for editors; ignored")
+    model: Literal["DeepLab", "DeepLabv3+"] = Field(
+        "DeepLab", description="each script trains its own; another value is noted"
+    )
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = Field(
+        "resnet101", description="depth of the ResNet"
+    )
+    backbone_width: Positive = Field(
+        64, description="channels of its first stage; smaller: for demos and tests on a CPU"
+    )
+    feature_channels: Annotated[int, Field(gt=0, multiple_of=32)] = Field(
+        256, description="channels D of head and features"
+    )
+    pretrained: str | None = Field("coco", description='"coco", "imagenet", a file, or "none": random initialisation')
+    dataset: Annotated[
+        Annotated[Literal["pascal_voc", "cityscapes"], Tag("preset")] | Annotated[DatasetConfig, Tag("block")],
+        Discriminator(_dataset_kind),
+    ] = Field(description="a known dataset, or a block that describes a folder")
+    data_root: str | None = Field(None, description="folder of the dataset, instead of its own `root`")
+    seed: NotNegative = Field(5555, description="of everything that is drawn")
+    ignore_label: Annotated[int, Field(ge=0, le=255)] = Field(255, description="label of pixels that do not count")
+    training: TrainingConfig = TrainingConfig()
+    utils: UtilsConfig = UtilsConfig()
+
+    @model_validator(mode="after")
+    def _ignore_label_is_no_class(self) -> "Config":
+        if self.ignore_label < self.data.classes:
+            raise ValueError(f"ignore_label {self.ignore_label} is one of the {self.data.classes} classes")
+        if self.utils.val_protocol == "release" and self.data.release_protocol is None:
+            raise ValueError('utils.val_protocol "release" needs dataset.release_protocol; or use "original"')
+        return self
+
+    @property
+    def data(self) -> DatasetConfig:
+        """The dataset's block, whichever way it was named, with the root that counts."""
+        block = DATASETS[self.dataset] if isinstance(self.dataset, str) else self.dataset
+        return block if self.data_root is None else block.model_copy(update={"root": self.data_root})
+
+    @property
+    def num_classes(self) -> int:
+        return self.data.classes
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return parse_size(self.training.data.input_size)
+
+    def release_pad(self, protocol: str) -> tuple[int, int] | None:
+        """(height, width) that evaluation images are padded to, where the protocol does that."""
+        release = self.data.release_protocol if protocol == "release" else None
+        return parse_size(release.pad) if release and release.pad else None
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def for_network(config: Config, model: str) -> Config:
+    """The configuration with a script's own network, saying so where the file names another."""
+    if config.model != model:
+        warnings.warn(f'the configuration says model "{config.model}"; this script trains "{model}"', stacklevel=2)
+    return config.model_copy(update={"model": model})
+
+
+def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a JSON file, with ``KEY=VALUE`` overrides of dotted keys.
+
+    Raises UserError with all that is wrong at once, each with its key and, for an unknown key, what was meant.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); --config wants a JSON file such as configs/configVOC.json"
+        ) from None
+    values = _parse_json(text, str(path))
+    for override in overrides:
+        _apply_override(values, override)
+    return check_config(values, source=str(path))
+
+
+def check_config(values: dict[str, Any], *, source: str) -> Config:
+    """Check already parsed values; ``source`` names them in messages."""
+    try:
+        return Config.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        lines = sorted({_explain(detail, source) for detail in error.errors(include_url=False)})
+        raise UserError("\n       ".join(lines)) from None
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """The resolved configuration, every default filled in, as plain JSON values."""
+    return config.model_dump(mode="json", by_alias=True, exclude={"json_schema"})
+
+
+def _parse_json(text: str, source: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise UserError(f"{source}: key {', '.join(twice)} appears twice in one block; keep one")
+        return dict(pairs)
+
+    def refuse(constant: str) -> NoReturn:
+        raise UserError(f"{source}: {constant} is not a number JSON knows")
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected one JSON object {{...}}, found {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """``training.batch_size=4`` in place; the value is read as JSON, else taken as text."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: expected KEY=VALUE, for example --set training.batch_size=4")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--set {override}: {text} is not a finite number")
+    *parents, last = key.split(".")
+    block = values
+    for depth, name in enumerate(parents):
+        inner = block.setdefault(name, {})
+        if name == "dataset" and isinstance(inner, str) and inner in DATASETS:  # a preset becomes its block
+            inner = block[name] = DATASETS[inner].model_dump(mode="json")
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a block of keys")
+        block = inner
+    block[last] = value
+
+
+def _explain(detail: Any, source: str) -> str:
+    """One line for one of pydantic's errors."""
+    parts = [str(part) for part in detail["loc"] if part not in ("preset", "block")]
+    key = ".".join(parts) or "configuration"
+    if detail["type"] == "extra_forbidden":
+        known = _keys_of(parts[:-1])
+        close = difflib.get_close_matches(parts[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{source}: unknown key {key}; {hint}"
+    if detail["type"] == "missing":
+        return f"{source}: {key} is missing; it has no default"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "literal_error":
+        message = f"expected {detail['ctx']['expected']}"
+    given = json.dumps(detail["input"]) if not isinstance(detail["input"], dict) else None
+    return f"{source}: {key}{' = ' + given if given is not None else ''}: {message}"
+
+
+def _keys_of(parts: list[str]) -> list[str]:
+    """The keys that the block at a dotted path knows."""
+    block: type[BaseModel] = Config
+    for part in parts:
+        inner = block.model_fields[part].annotation if part in block.model_fields else None
+        block = DatasetConfig if part == "dataset" else ReleaseProtocol if part == "release_protocol" else inner  # type: ignore[assignment]
+    return [field.alias or name for name, field in block.model_fields.items()]
+
+
+# ---------------------------------------------------------------------------------------------------- documents
+
+
+def json_schema() -> str:
+    """The JSON Schema of a configuration file, as kept in configs/config.schema.json."""
+    return json.dumps(Config.model_json_schema(by_alias=True), indent=1) + "\n"
+
+
+def markdown_table() -> str:
+    """Every key with default and meaning, as kept in the README."""
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    rows += _rows(Config, "") + _rows(DatasetConfig, "dataset.")
+    return "\n".join(rows) + "\n"
+
+
+def _rows(block: type[BaseModel], prefix: str) -> list[str]:
+    rows = []
+    for name, field in block.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            rows += _rows(field.annotation, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+        rows.append(f"| `{prefix}{field.alias or name}` | {default} | {field.description} |")
+    return rows
+
+
+if __name__ == "__main__":
+    Path("configs/config.schema.json").write_text(json_schema(), encoding="utf-8")
+    print(markdown_table(), end="")

@@ -1,0 +1,80 @@
+"""What a run says: a progress bar and messages on the terminal, log.jsonl and TensorBoard events in its folder."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.evaluate import Evaluation
+
+
+class RunLogger:
+    """Logs of one run. ``first_step``: where it (re)starts; what an earlier, longer try logged beyond is removed."""
+
+    def __init__(self, folder: Path, *, first_step: int, total_steps: int, tensorboard: bool) -> None:
+        self.path = folder / "log.jsonl"
+        self._drop_from(first_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self.writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self.writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05,
+            mininterval=0.1 if terminal else 15, miniters=1, file=sys.stderr,
+        )  # fmt: skip
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of log.jsonl, one point of each TensorBoard curve."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self.writer is not None:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
+
+    def progress(self, text: str) -> None:
+        """Text beside the progress bar."""
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def advance(self) -> None:
+        self.bar.update(1)
+
+    def message(self, text: str) -> None:
+        """A line of its own above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+        self._file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def _drop_from(self, first_step: int) -> None:
+        """Remove log lines of steps that will be done again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                kept += [line] * (json.loads(line)["step"] < first_step)
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut off by a kill
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def print_result(evaluation: Evaluation, folder: Path) -> None:
+    """The table of a finished run and how to look at the rest of it, on standard output."""
+    checkpoint = next(
+        (path for name in ("best_model.pth", "checkpoint.pth") if (path := folder / name).is_file()), folder
+    )
+    print(f"\n{evaluation.as_text()}")
+    print(f"run folder          {folder}")
+    print(f"picture             {folder / 'picture.png'}")
+    print(f"curves              tensorboard --logdir {folder}")
+    print(f"evaluate again      python3 evaluateSSL.py --model-path {checkpoint}")
+    print(f"write predictions   python3 evaluateSSL.py --model-path {checkpoint} --save-output-images")

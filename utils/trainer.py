@@ -1,0 +1,210 @@
+"""The loop: batches in, steps, logs, validations, checkpoints. It knows nothing of the method it trains."""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.batch import Batch
+from utils.checkpoint import save_checkpoint
+from utils.config import Config, dump_config
+from utils.errors import CheckpointError, NonFiniteError
+from utils.evaluate import Evaluation
+from utils.logger import RunLogger
+from utils.randomness import keyed_seed
+from utils.run import Run
+from utils.schedule import poly_lr
+
+Losses = dict[tuple[str, int], Tensor]
+
+
+class Method(Protocol):
+    """What the loop asks of a method; an nn.Module besides."""
+
+    def training_step(self, labeled: Batch, unlabeled: Batch | None, *, step: int) -> Losses: ...
+    def total_loss(self, losses: Losses, *, step: int) -> Tensor: ...
+    def after_step(self, labeled: Batch, *, step: int) -> None: ...
+    def log_values(self) -> dict[str, float]: ...
+
+
+class Trainer:
+    """Trains a method to the last step of its configuration.
+
+    loader: (stream name, first step) -> batches; streams "labeled" and "unlabeled". evaluate: (step) -> Evaluation.
+    picture: (path) -> writes one, called at the end and, with ``images_folder``, at every validation.
+    """
+
+    def __init__(
+        self,
+        method: Any,
+        optimizer: Optimizer,
+        loader: Callable[[str, int], Iterable[Batch]],
+        run: Run,
+        *,
+        config: Config,
+        evaluate: Callable[[int], Evaluation],
+        picture: Callable[[Path, int], None],
+        images_folder: Path | None = None,
+    ) -> None:
+        self.method, self.optimizer, self.loader, self.run, self.config = method, optimizer, loader, run, config
+        self.evaluate, self.picture, self.images_folder = evaluate, picture, images_folder
+        self.step, self.best = 0, {"mean_iou": -1.0, "step": -1}  # step: number of steps done
+        if run.checkpoint is not None:
+            self._restore(run.checkpoint)
+
+    def fit(self) -> Evaluation | None:
+        """Train to the end and return the last evaluation; None if a signal stopped the run before, its state saved."""
+        total = self.config.training.num_iterations
+        logger = RunLogger(
+            self.run.folder, first_step=self.step, total_steps=total, tensorboard=self.config.utils.tensorboard
+        )
+        streams = ("labeled", "unlabeled") if self.config.training.unlabeled.train_unlabeled else ("labeled",)
+        loaders = [self.loader(stream, self.step) for stream in streams]
+        evaluation = None
+        self.method.train()
+        try:
+            with self.run.stoppable():
+                for batches in zip(*loaders, strict=True):
+                    self._train_one(logger, *batches)
+                    evaluation = self._validate(logger) if self._is_due("val_per_iter") else evaluation
+                    if self._is_due("save_checkpoint_every") or self.run.stop_signal:
+                        self.save(self.run.folder / "checkpoint.pth")
+                    if self.run.stop_signal:
+                        logger.message(
+                            f"stopped by signal {self.run.stop_signal} after step {self.step}; continue with --resume auto"
+                        )
+                        return None
+            if evaluation is None:  # resumed a finished run
+                evaluation = self._validate(logger)
+            self._write_results(evaluation)
+            return evaluation
+        finally:
+            logger.close()
+
+    def save(self, path: Path) -> None:
+        """Everything that the run needs to go on."""
+        save_checkpoint(
+            path,
+            {
+                "step": self.step,
+                "best": self.best,
+                "config": json.dumps(dump_config(self.config)),
+                "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            },
+        )
+
+    def _train_one(self, logger: RunLogger, labeled: Batch, unlabeled: Batch | None = None) -> None:
+        """One step. Losses are checked before anything is changed by them."""
+        started, step = time.perf_counter(), self.step
+        torch.manual_seed(keyed_seed(self.config.seed, "step", step))  # dropout
+        self._set_learning_rate(step)
+        labeled = labeled.to(self.run.device)
+        unlabeled = unlabeled.to(self.run.device) if unlabeled is not None else None
+        losses = self.method.training_step(labeled, unlabeled, step=step)
+        total = self.method.total_loss(losses, step=step)
+        if not torch.isfinite(total):
+            raise NonFiniteError(self._non_finite(losses, labeled, unlabeled))
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimizer.step()
+        self.method.after_step(labeled, step=step)
+        self.step += 1
+        logger.advance()
+        if self._is_due("log_per_iter"):
+            images = len(labeled.ids) + (len(unlabeled.ids) if unlabeled else 0)
+            self._log(logger, losses, images / (time.perf_counter() - started))
+
+    def _validate(self, logger: RunLogger) -> Evaluation:
+        evaluation = self.evaluate(self.step)
+        logger.scalars(self.step, evaluation.scalars())
+        score = evaluation.mean_iou()
+        logger.message(
+            f"step {self.step}: validation mIoU of the ensemble {100 * score:.2f} %, best so far {100 * max(score, self.best['mean_iou']):.2f} %"
+        )
+        if score > self.best["mean_iou"]:
+            self.best = {"mean_iou": score, "step": self.step}
+            if self.config.utils.save_best_model:
+                self.save(self.run.folder / "best_model.pth")
+        if self.images_folder is not None:
+            self.picture(self.images_folder / f"step_{self.step:06d}.png", self.step)
+        return evaluation
+
+    def _write_results(self, evaluation: Evaluation) -> None:
+        result = evaluation.as_dict() | {"best": self.best}
+        (self.run.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (self.run.folder / "result.txt").write_text(evaluation.as_text(), encoding="utf-8")
+        self.picture(self.run.folder / "picture.png", self.step)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        try:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.run.folder}: the checkpoint does not fit this model: {error}") from None
+        self.step, self.best = state["step"], state["best"]
+
+    def _is_due(self, key: str) -> bool:
+        return self.step % getattr(self.config.utils, key) == 0 or self.step == self.config.training.num_iterations
+
+    def _set_learning_rate(self, step: int) -> None:
+        training = self.config.training
+        power = training.lr_schedule_power if training.lr_schedule == "Poly" else 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = poly_lr(group["base_lr"], step, training.num_iterations, power)
+
+    def _log(self, logger: RunLogger, losses: Losses, rate: float) -> None:
+        values = {f"{term}/{own}": loss.item() for (term, own), loss in losses.items()}
+        rates = {
+            f"learning_rate/{group['name']}": group["lr"]
+            for group in self.optimizer.param_groups
+            if group["name"][-1] == "0"
+        }
+        logger.scalars(self.step, values | rates | self.method.log_values() | {"images_per_second": rate})
+        terms = dict.fromkeys(term for term, _ in losses)
+        means = (f"{term} {sum(values[f'{term}/{own}'] for own in (0, 1)) / 2:.3f}" for term in terms)
+        logger.progress(", ".join((*means, f"{rate:.1f} images/s")))
+
+    def _non_finite(self, losses: Losses, labeled: Batch, unlabeled: Batch | None) -> str:
+        bad = ", ".join(
+            f"{term} of student {own} is {loss.item()}"
+            for (term, own), loss in losses.items()
+            if not torch.isfinite(loss)
+        )
+        ids = labeled.ids + (unlabeled.ids if unlabeled else [])
+        return (
+            f"{bad or 'the total loss is not finite'} at step {self.step}; weights not updated; images {', '.join(ids)}; "
+            f"last checkpoint: {self.run.folder / 'checkpoint.pth'}. A smaller training.learning_rate is the usual cure"
+        )
+
+
+def build_optimizer(networks: Iterable[Any], config: Config) -> Optimizer:
+    """SGD over two parts of each network: backbone and head, each parameter once.
+
+    With ``decay_norm_and_bias: false`` parameters of one dimension form groups of their own without weight decay.
+    """
+    training = config.training
+    multipliers = {"backbone": training.backbone_lr_multiplier, "head": training.head_lr_multiplier}
+    groups = []
+    for index, network in enumerate(networks):
+        parts: dict[str, list[nn.Parameter]] = {
+            "backbone": list(network.backbone_parameters()),
+            "head": list(network.head_parameters()),
+        }
+        for part, parameters in parts.items():
+            base = training.learning_rate * multipliers[part]
+            free = [] if training.decay_norm_and_bias else [p for p in parameters if p.ndim <= 1]
+            kept = [p for p in parameters if training.decay_norm_and_bias or p.ndim > 1]
+            groups.append({"params": kept, "base_lr": base, "lr": base, "name": f"{part}_{index}"})
+            if free:
+                groups.append(
+                    {"params": free, "base_lr": base, "lr": base, "name": f"{part}_free_{index}", "weight_decay": 0.0}
+                )
+    return torch.optim.SGD(
+        groups, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+    )

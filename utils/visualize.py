@@ -1,0 +1,86 @@
+"""Label maps in color, and the picture of what the students learn from."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def voc_palette(count: int = 256) -> list[list[int]]:
+    """The colors of PASCAL VOC's label files: the bits of a class id, spread over red, green and blue."""
+    palette = []
+    for index in range(count):
+        color = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                color[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
+        palette.append(color)
+    return palette
+
+
+def write_label(path: Path, label: np.ndarray, palette: Sequence[Sequence[int]] | None) -> None:
+    """(H,W) uint8 class ids -> a palette PNG, as VOC's own label files."""
+    colors = voc_palette()
+    colors[: len(palette or [])] = [list(color) for color in palette or []]
+    image = Image.fromarray(label).convert("L")
+    image.putpalette([value for color in colors for value in color])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def colorize(label: np.ndarray, palette: Sequence[Sequence[int]] | None, *, ignore_label: int) -> np.ndarray:
+    """(H,W) ids -> (H,W,3) uint8 RGB; ignored pixels are white."""
+    colors = np.array(voc_palette(), dtype=np.uint8)
+    colors[: len(palette or [])] = np.array(palette or np.empty((0, 3)), dtype=np.uint8)
+    colors[ignore_label] = 255
+    return colors[label]
+
+
+def save_picture(
+    path: Path,
+    columns: Mapping[str, Any],
+    *,
+    title: str,
+    class_names: Sequence[str],
+    palette: Sequence[Sequence[int]] | None,
+    ignore_label: int,
+) -> None:
+    """One row an image, one titled column an entry, and the classes' colors below.
+
+    columns: title -> tensors, (B,3,H,W) float RGB images in [0,1] or (B,H,W) integer label maps.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and without pyplot's global state
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    arrays = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
+    rows, (height, width) = len(next(iter(arrays.values()))), next(iter(arrays.values())).shape[-2:]
+    legend_rows = -(-len(class_names) // 7)
+    figure = Figure(
+        figsize=(2.3 * len(columns), 2.3 * rows * height / width + 0.75 + 0.25 * legend_rows),
+        dpi=100,
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (name, images) in enumerate(arrays.items()):
+        axes[0][column].set_title(name, fontsize=10)
+        for row, image in enumerate(images):
+            is_photo = image.ndim == 3
+            shown = image.transpose(1, 2, 0) if is_photo else colorize(image, palette, ignore_label=ignore_label)
+            axes[row][column].imshow(shown, interpolation="nearest")
+            axes[row][column].set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    colors = np.array(
+        [colorize(np.array([[index]]), palette, ignore_label=ignore_label)[0, 0] for index in range(len(class_names))]
+    )
+    patches = [
+        Patch(facecolor=color / 255, edgecolor="gray", label=name)
+        for color, name in zip(colors, class_names, strict=True)
+    ]
+    patches.append(Patch(facecolor="white", edgecolor="gray", label="ignored"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=7, fontsize=9, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
