@@ -13,7 +13,7 @@ MAX_PIXELS = 100_000_000  # refused from the header: nobody labels such images, 
 def read_image(path: Path) -> np.ndarray:
     """(H,W,3) uint8 RGB. Raises UserError with the path when the file is missing or damaged."""
     with _open(path) as image:
-        return np.asarray(_decode(image, path, "RGB"))
+        return np.array(_decode(image, path, "RGB"))
 
 
 def read_label(path: Path) -> np.ndarray:
@@ -24,7 +24,7 @@ def read_label(path: Path) -> np.ndarray:
                 f"{path}: a label map must be an 8-bit gray or palette PNG holding class ids, found mode {image.mode}; "
                 "convert its colors to ids first"
             )
-        return np.asarray(_decode(image, path, image.mode))
+        return np.array(_decode(image, path, image.mode))
 
 
 def image_size(path: Path) -> tuple[int, int]:

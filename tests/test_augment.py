@@ -124,9 +124,7 @@ def test_blur_kernel_is_even_or_not_a_tenth() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([0.3, 1.0, 4.0]), st.sampled_from([1, 3, 9, 15]))
-def test_blur_fails_on_images_smaller_than_its_kernel(
-    height: int, width: int, sigma: float, size: int
-) -> None:
+def test_blur_fails_on_images_smaller_than_its_kernel(height: int, width: int, sigma: float, size: int) -> None:
     images = torch.rand(1, 2, height, width, generator=seeded())
     radius = size // 2
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (radius, radius), (radius, radius)), mode="reflect")
@@ -172,9 +170,7 @@ def test_jitter_and_blur_happen_with_other_probabilities() -> None:
         ({"color_jitter": True, "blur": False}, 0.8),
         ({"color_jitter": False, "blur": True}, 0.5),
     ):
-        changed = sum(
-            not torch.equal(strong_augment(images, generator, **options), images) for _ in range(300)
-        )
+        changed = sum(not torch.equal(strong_augment(images, generator, **options), images) for _ in range(300))
         assert abs(changed - 300 * probability) < 4 * math.sqrt(300 * probability * (1 - probability))
 
 

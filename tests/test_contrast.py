@@ -17,9 +17,7 @@ KINDS = ["high_level", "low_level"]
 
 
 def golden(name: str) -> dict[str, Tensor]:
-    return {
-        key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()
-    }
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
 
 
 def random_case(
@@ -36,9 +34,7 @@ def random_case(
     }
 
 
-def contrast(
-    kind: str, case: dict[str, Tensor], *, autocast: bool = False, **options: Any
-) -> tuple[Tensor, Tensor]:
+def contrast(kind: str, case: dict[str, Tensor], *, autocast: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
     """Loss and its gradient in the features; `autocast` covers the loss only, as in a training step."""
     features = case["features"].clone().requires_grad_()
     options = {"temperature": 0.1, **options}
@@ -52,9 +48,7 @@ def contrast(
     return loss.detach(), gradient
 
 
-def formula(
-    kind: str, case: dict[str, Tensor], temperature: float, counts: list[int]
-) -> tuple[Tensor, Tensor]:
+def formula(kind: str, case: dict[str, Tensor], temperature: float, counts: list[int]) -> tuple[Tensor, Tensor]:
     """The paper's formula word by word, in float64, with loops and plain exponentials."""
     features = case["features"].double().requires_grad_()
     bank = [entries[:count].double() for entries, count in zip(case["bank"], counts, strict=True)]
@@ -67,9 +61,7 @@ def formula(
         c, x = int(case["labels"][b, row, column]), features[b, :, row, column]
         if not 0 <= c < len(bank) or (kind == "high_level" and counts[c] == 0):
             continue
-        negative = sum(
-            (similarity(x, bank[k]).sum() for k in range(len(bank)) if k != c), start=torch.zeros(())
-        )
+        negative = sum((similarity(x, bank[k]).sum() for k in range(len(bank)) if k != c), start=torch.zeros(()))
         if kind == "high_level":
             positive = similarity(x, bank[c])
         else:
@@ -136,9 +128,7 @@ def test_second_bank_supplies_no_negatives() -> None:
     total = [int(counts[0][c] + counts[1][c]) for c in range(4)]
     joined = torch.zeros(4, 11, 8)
     for c in range(4):
-        joined[c, : total[c]] = torch.cat(
-            [bank[c, : int(count[c])] for bank, count in zip(banks, counts, strict=True)]
-        )
+        joined[c, : total[c]] = torch.cat([bank[c, : int(count[c])] for bank, count in zip(banks, counts, strict=True)])
     for kind in KINDS:
         expected = contrast(kind, case, bank=joined, counts=torch.tensor(total))
         assert_same(contrast(kind, case, bank=banks, counts=counts), expected)

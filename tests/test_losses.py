@@ -21,9 +21,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden(name: str) -> dict[str, Tensor]:
-    return {
-        key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()
-    }
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
 
 
 def logits(*shape: int) -> Tensor:
@@ -82,9 +80,7 @@ def test_pixels_of_weight_zero_receive_a_gradient() -> None:
 
 def test_weights_receive_a_gradient() -> None:
     weight = torch.ones(1, 2, 2, requires_grad=True)
-    weighted_cross_entropy(
-        logits(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), weight, 255
-    ).backward()
+    weighted_cross_entropy(logits(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), weight, 255).backward()
     assert weight.grad is None
 
 

@@ -15,9 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden(name: str) -> dict[str, Tensor]:
-    return {
-        key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()
-    }
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -138,10 +136,7 @@ def test_cow_mask_has_other_statistics_than_the_release() -> None:
     case = np.load(GOLDEN / "mask_statistics.npz")
     expected, generator = case["cow_one_fraction"], seeded()
     shares = np.array(
-        [
-            [float(cow_mask((64, 96), float(sigma), generator).mean()) for sigma in case["cow_sigma"]]
-            for _ in range(6)
-        ]
+        [[float(cow_mask((64, 96), float(sigma), generator).mean()) for sigma in case["cow_sigma"]] for _ in range(6)]
     )
     error = math.hypot(shares.std() / shares.size**0.5, expected.std() / expected.size**0.5)
     assert abs(shares.mean() - expected.mean()) < 4 * error

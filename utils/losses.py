@@ -68,9 +68,7 @@ def mean_squared_error(logits: Tensor, probabilities: Tensor, *, valid: Tensor |
     return squared.mean()
 
 
-def confident_share(
-    confidence: Tensor, valid: Tensor | None = None, threshold: float = CONFIDENCE_THRESHOLD
-) -> Tensor:
+def confident_share(confidence: Tensor, valid: Tensor | None = None, threshold: float = CONFIDENCE_THRESHOLD) -> Tensor:
     """Share of the batch's pixels whose confidence reaches `threshold`.
 
     Args:
