@@ -18,7 +18,7 @@ from data.datasets import DatasetFiles
 from data.decode import read_image, read_label
 from data.transforms import random_crop, resize
 from utils.batch import Batch
-from utils.config import parse_size
+from utils.config import DataConfig, parse_size
 from utils.errors import UserError
 from utils.randomness import keyed_seed
 
@@ -83,20 +83,16 @@ class TrainingCrops(Dataset[Batch | UserError]):
 
     def _crop(self, position: int) -> Batch:
         config, identifier = self.files.config, self.id_at(position)
-        image, label = (
-            read_pair(self.files, identifier)
-            if self.stream == "labeled"
-            else (read_image(self.files.image_path(identifier)), None)
-        )
+        if self.stream == "labeled":
+            image, label = read_pair(self.files, identifier)
+        else:
+            image = read_image(self.files.image_path(identifier))
+            label = np.full(image.shape[:2], config.ignore_label, dtype=np.uint8)
         if self.files.block.resize:
             size = parse_size(self.files.block.resize)
-            image, label = resize(image, size), None if label is None else resize(label, size)
+            image, label = resize(image, size), resize(label, size)
         rng = np.random.default_rng(keyed_seed(config.seed, self.stream, "crop", position))
-        image, label, valid = random_crop(
-            image, label, data=config.training.data, ignore_label=config.ignore_label, rng=rng
-        )
-        labels = None if label is None else torch.from_numpy(label).long()
-        return Batch(_to_tensor(image), labels, torch.from_numpy(valid), [identifier])
+        return _crop_batch(image, label, config.training.data, rng=rng, identifier=identifier, files=self.files)
 
 
 class EvaluationImages(Dataset[EvaluationImage | UserError]):
@@ -159,11 +155,10 @@ def preview_batch(files: DatasetFiles, count: int = 3) -> Batch:
     still = files.config.training.data.model_copy(update={"scale": False, "crop": False, "flip": False})
     crops = []
     for item in EvaluationImages(files, "val", "original").first(count):
-        image, label = item.image.permute(1, 2, 0).numpy(), resize(item.label.byte().numpy(), item.image.shape[-2:])
-        image, label, valid = random_crop(
-            image, label, data=still, ignore_label=files.config.ignore_label, rng=np.random.default_rng(0)
-        )
-        crops.append(Batch(_to_tensor(image), torch.from_numpy(label).long(), torch.from_numpy(valid), [item.id]))
+        image = item.image.permute(1, 2, 0).numpy()
+        height, width = image.shape[:2]
+        label = resize(item.label.byte().numpy(), (height, width))
+        crops.append(_crop_batch(image, label, still, rng=np.random.default_rng(0), identifier=item.id, files=files))
     return _join_crops(crops)
 
 
@@ -200,14 +195,23 @@ class _Collate(Generic[Item]):
         return self.join(samples) if error is None else error
 
 
+def _crop_batch(
+    image: np.ndarray,
+    label: np.ndarray,
+    data: DataConfig,
+    *,
+    rng: np.random.Generator,
+    identifier: str,
+    files: DatasetFiles,
+) -> Batch:
+    """One crop as a Batch without its first dimension."""
+    image, label, valid = random_crop(image, label, data=data, ignore_label=files.config.ignore_label, rng=rng)
+    return Batch(_to_tensor(image), torch.from_numpy(label).long(), torch.from_numpy(valid), [identifier])
+
+
 def _join_crops(crops: list[Batch]) -> Batch:
-    labels = [crop.labels for crop in crops if crop.labels is not None]
-    return Batch(
-        images=torch.stack([crop.images for crop in crops]),
-        labels=torch.stack(labels) if labels else None,
-        valid=torch.stack([crop.valid for crop in crops]),
-        ids=[identifier for crop in crops for identifier in crop.ids],
-    )
+    images, labels, valid, ids = zip(*crops, strict=True)
+    return Batch(torch.stack(images), torch.stack(labels), torch.stack(valid), [name for one in ids for name in one])
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:

@@ -19,11 +19,11 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def random_crop(
-    image: np.ndarray, label: np.ndarray | None, *, data: DataConfig, ignore_label: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    image: np.ndarray, label: np.ndarray, *, data: DataConfig, ignore_label: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One training crop of size ``data.input_size``.
 
-    image: (H,W,3) uint8; label: (H,W) uint8 or None. What does not reach the crop's size is padded at the right and the
+    image: (H,W,3) uint8; label: (H,W) uint8. What does not reach the crop's size is padded at the right and the
     bottom: image with the mean color, label with ``ignore_label``. Returns image, label and valid, a bool map that is
     False on padding. Every draw is made whether it is used or not, so that switching one off leaves the others alone.
     """
@@ -31,7 +31,7 @@ def random_crop(
     if data.scale:
         size = (max(1, round(image.shape[0] * factor)), max(1, round(image.shape[1] * factor)))
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-        label = None if label is None else resize(label, size)
+        label = resize(label, size)
     height, width = parse_size(data.input_size)
     spare_rows, spare_columns = max(0, image.shape[0] - height), max(0, image.shape[1] - width)
     top = int(top_share * (spare_rows + 1)) if data.crop else spare_rows // 2
@@ -46,4 +46,4 @@ def random_crop(
         return np.ascontiguousarray(array[:, ::-1]) if flip else array
 
     valid = cut(np.ones(image.shape[:2], dtype=np.uint8), 0).astype(bool)
-    return cut(image, PAD_COLOR), None if label is None else cut(label, ignore_label), valid
+    return cut(image, PAD_COLOR), cut(label, ignore_label), valid

@@ -52,16 +52,20 @@ class CrossTeacher(nn.Module):
     networks: two networks that start from different weights. labeled_samples: number of labeled images.
     """
 
+    # Each a ModuleList, named here by what it holds.
+    students: Sequence[SegmentationNetwork]
+    teachers: Sequence[EmaTeacher]
+    banks: Sequence[MemoryBank]
+
     def __init__(self, networks: Sequence[SegmentationNetwork], config: Config, *, labeled_samples: int) -> None:
         super().__init__()
         self.config, self.labeled_samples = config, labeled_samples
         self.unlabeled, self.contrastive = config.training.unlabeled, config.training.contrastive
-        self.students = nn.ModuleList(networks)
-        self.teachers = nn.ModuleList(
-            EmaTeacher(net, self.unlabeled.ema_decay, self.unlabeled.teacher_norm) for net in networks
-        )
+        self.students = nn.ModuleList(networks)  # type: ignore[assignment]
+        decay, norm = self.unlabeled.ema_decay, self.unlabeled.teacher_norm
+        self.teachers = nn.ModuleList(EmaTeacher(net, decay, norm) for net in networks)  # type: ignore[assignment]
         size, dim = self.contrastive.memory_size, config.feature_channels
-        self.banks = nn.ModuleList(MemoryBank(config.num_classes, size, dim) for _ in networks)
+        self.banks = nn.ModuleList(MemoryBank(config.num_classes, size, dim) for _ in networks)  # type: ignore[assignment]
         self.loss_weights = {
             "supervised": 1.0,
             "cross_teacher": self.unlabeled.consistency_weight,
@@ -80,7 +84,7 @@ class CrossTeacher(nn.Module):
         for own, _ in PEERS:
             logits = upsample(seen[own].logits, labeled.labels)
             losses["supervised", own] = cross_entropy(logits, labeled.labels, self.config.ignore_label)
-        if terms == ["supervised"]:
+        if terms == ["supervised"] or unlabeled is None:
             return losses
 
         targets = [self.predict_target(own, peer, unlabeled.images) for own, peer in PEERS]  # (B,C,H,W), no gradient
@@ -219,7 +223,7 @@ class CrossTeacher(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ its surroundings
 
-    def models(self) -> dict[str, nn.Module]:
+    def models(self) -> dict[str, SegmentationNetwork]:
         """The four networks by name, for evaluation; the ensemble is the mean of the students' probabilities."""
         students = {f"student_{own}": student for own, student in enumerate(self.students)}
         return students | {f"teacher_{own}": teacher.network for own, teacher in enumerate(self.teachers)}

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from model.network import NetworkOutput
+from model.network import NetworkOutput, SegmentationNetwork
 from utils.schedule import ema_alpha
 
 
 @torch.no_grad()
-def predict_frozen(network: nn.Module, images: Tensor, *, norm: str) -> NetworkOutput:
+def predict_frozen(network: SegmentationNetwork, images: Tensor, *, norm: str) -> NetworkOutput:
     """A network's output without gradient, without dropout, and without touching its BatchNorm statistics.
 
     images: (B,3,H,W) RGB in [0,1]. norm: "batch" takes BatchNorm's statistics from these images, "running" takes the
@@ -24,7 +24,7 @@ def predict_frozen(network: nn.Module, images: Tensor, *, norm: str) -> NetworkO
         return network(network.normalization(images))
 
 
-def predict_probabilities(network: nn.Module, images: Tensor, *, norm: str) -> Tensor:
+def predict_probabilities(network: SegmentationNetwork, images: Tensor, *, norm: str) -> Tensor:
     """(B,3,H,W) RGB in [0,1] -> (B,C,H,W) probabilities at the images' size, no gradient."""
     return upsample(predict_frozen(network, images, norm=norm).logits, images).softmax(dim=1)
 
@@ -40,7 +40,7 @@ class EmaTeacher(nn.Module):
     decay: largest share that the teacher keeps of itself in an update. norm: see ``predict_frozen``.
     """
 
-    def __init__(self, student: nn.Module, decay: float = 0.99, norm: str = "batch") -> None:
+    def __init__(self, student: SegmentationNetwork, decay: float = 0.99, norm: str = "batch") -> None:
         super().__init__()
         self.network = copy.deepcopy(student).requires_grad_(False)
         self.decay, self.norm = decay, norm
@@ -72,11 +72,11 @@ def _prediction_mode(network: nn.Module, norm: str) -> Iterator[None]:
     tracked = [module.track_running_stats for module in norms]
     try:
         network.eval()
-        for module in norms:
-            module.training, module.track_running_stats = True, False
+        for one in norms:
+            one.training, one.track_running_stats = True, False
         yield
     finally:
-        for module, was in zip(norms, tracked, strict=True):
-            module.track_running_stats = was
+        for one, was in zip(norms, tracked, strict=True):
+            one.track_running_stats = was
         for module, training in modes.items():
             module.training = training

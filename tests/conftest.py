@@ -60,7 +60,7 @@ def batches() -> Callable[..., tuple[Batch, Batch]]:
         names = [f"image_{index}" for index in range(2 * size)]
         return (
             Batch(images[:size], labels, valid[:size], names[:size]),
-            Batch(images[size:], None, valid[size:], names[size:]),
+            Batch(images[size:], torch.full_like(labels, 255), valid[size:], names[size:]),
         )
 
     return make

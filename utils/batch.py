@@ -10,18 +10,18 @@ class Batch(NamedTuple):
     """Crops of one stream.
 
     images: (B,3,H,W) RGB; uint8 from the loader, float32 in [0,1] after ``to``
-    labels: (B,H,W) int64 class ids, ``ignore_label`` where a pixel does not count; None for unlabeled images
+    labels: (B,H,W) int64 class ids, ``ignore_label`` where a pixel does not count: everywhere in unlabeled images
     valid:  (B,H,W) bool, False where the pixel is only padding
     ids:    the B names of the images
     """
 
     images: Tensor
-    labels: Tensor | None
+    labels: Tensor
     valid: Tensor
     ids: list[str]
 
     def to(self, device: torch.device) -> "Batch":
         """On the device, with float32 images in [0,1]."""
         images = self.images.to(device, non_blocking=True).float().div_(255)
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return Batch(images, labels, self.valid.to(device, non_blocking=True), self.ids)
+        labels, valid = (part.to(device, non_blocking=True) for part in (self.labels, self.valid))
+        return Batch(images, labels, valid, self.ids)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.metrics import ConfusionMatrix
 
@@ -82,7 +82,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, Any],
     batches: Iterable[Sequence[LabeledImage]],
     *,
     class_names: Sequence[str],
@@ -122,7 +122,7 @@ def evaluate(
     return Evaluation(confusion, class_names, {**about, "images": count})
 
 
-def _probabilities(model: nn.Module, images: Tensor, labels: Tensor, pad: tuple[int, int] | None) -> Tensor:
+def _probabilities(model: Any, images: Tensor, labels: Tensor, pad: tuple[int, int] | None) -> Tensor:
     """(B,3,H,W) in [0,1] -> (B,C,h,w) at the labels' size."""
     inputs = model.normalization(images)
     if pad is not None:
