@@ -12,17 +12,17 @@ from utils.evaluate import Evaluation
 
 
 class RunLogger:
-    """Logs of one run. ``first_step``: where it (re)starts; what an earlier, longer try logged beyond is removed."""
+    """Logs of one run. ``first_step``: how many steps are done; what an earlier, longer try logged beyond is removed."""
 
     def __init__(self, folder: Path, *, first_step: int, total_steps: int, tensorboard: bool) -> None:
         self.path = folder / "log.jsonl"
-        self._drop_from(first_step)
+        self._drop_after(first_step)
         self._file = self.path.open("a", encoding="utf-8")
         self.writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self.writer = SummaryWriter(str(folder), purge_step=first_step or None)
+            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05,
@@ -54,14 +54,14 @@ class RunLogger:
         if self.writer is not None:
             self.writer.close()
 
-    def _drop_from(self, first_step: int) -> None:
-        """Remove log lines of steps that will be done again."""
+    def _drop_after(self, done: int) -> None:
+        """Remove log lines of steps that will be done again; ``done``: the number of steps that will not."""
         if not self.path.exists():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                kept += [line] * (json.loads(line)["step"] < first_step)
+                kept += [line] * (json.loads(line)["step"] <= done)
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut off by a kill
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

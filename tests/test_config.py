@@ -1,0 +1,136 @@
+"""The configuration: what is refused, how it is said, and that its documents are fresh."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from tests.conftest import tiny_values
+from utils.config import DATASETS, check_config, dump_config, for_network, json_schema, load_config, markdown_table
+from utils.errors import UserError
+
+PROJECT = Path(__file__).parent.parent
+CONFIGS = sorted(path for path in (PROJECT / "configs").rglob("*.json") if path.name != "config.schema.json")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid_for_the_type_and_for_the_schema(path: Path):
+    load_config(path)
+    jsonschema.validate(json.loads(path.read_text()), json.loads(json_schema()))
+
+
+def test_the_schema_and_the_table_in_the_readme_are_fresh():
+    assert (PROJECT / "configs" / "config.schema.json").read_text() == json_schema(), "run: make schema"
+    assert markdown_table() in (PROJECT / "README.md").read_text(), "paste the output of: make schema"
+
+
+BAD = {
+    "typing slip": ({"training__batch_sise": 4}, "unknown key training.batch_sise; did you mean batch_size?"),
+    "slip in a nested block": ({"training__unlabeled__mix_masks": "cut"}, "did you mean mix_mask?"),
+    "slip in the dataset": ({"dataset__lable": "x"}, "unknown key dataset.lable; did you mean label"),
+    "nothing alike": ({"qqq": 1}, "unknown key qqq; known here: "),
+    "text for a number": ({"training__batch_size": "four"}, 'training.batch_size = "four"'),
+    "truth for a number": ({"training__batch_size": True}, "training.batch_size = true"),
+    "zero images": ({"training__batch_size": 0}, "greater than 0"),
+    "negative rate": ({"training__learning_rate": -1.0}, "training.learning_rate"),
+    "momentum of one": ({"training__momentum": 1.0}, "less than 1"),
+    "unknown mask": ({"training__unlabeled__mix_mask": "square"}, "'class', 'cut', 'cow'"),
+    "unknown dataset": ({"dataset": "imagenet"}, "'pascal_voc' or 'cityscapes'"),
+    "one number for a size": ({"training__data__input_size": "321"}, "training.data.input_size"),
+    "range upside down": ({"training__data__scale_range": [2.0, 1.0]}, "must not be larger"),
+    "no classes": ({"dataset": {"root": "x", "train": "t"}}, "give names or num_classes"),
+    "names and number disagree": ({"dataset__names": ["a", "b"]}, "names has 2 entries, but there are 3 classes"),
+    "no lists": ({"dataset": {"root": "x", "num_classes": 2}}, "give train, or both labeled and unlabeled"),
+    "images without id": ({"dataset__images": "a.jpg"}, "must contain {id}"),
+    "ignored class": ({"ignore_label": 2}, "ignore_label 2 is one of the 3 classes"),
+    "protocol without size": ({"utils__val_protocol": "release"}, "needs dataset.release_protocol"),
+    "contrast before its views": (
+        {"training__unlabeled__start_iteration": 5, "training__contrastive__contrast_start": 2},
+        "must not be before",
+    ),
+    "odd feature channels": ({"feature_channels": 33}, "multiple of 32"),
+    "missing dataset": ({"dataset": None}, "dataset"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_value_is_named_with_key_and_expectation(case: str):
+    changes, message = BAD[case]
+    with pytest.raises(UserError) as error:
+        check_config(tiny_values(**changes), source="my.json")
+    assert message in str(error.value)
+    assert str(error.value).startswith("my.json: ")
+    assert "pydantic" not in str(error.value)
+
+
+def test_all_errors_are_reported_at_once():
+    with pytest.raises(UserError) as error:
+        check_config(tiny_values(training__batch_sise=4, seed=-1, utils__val_per_iter="x"), source="my.json")
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"seed": 1, "seed": 2}', "key seed appears twice"),
+        ('{"seed": NaN}', "NaN is not a number"),
+        ('{"seed": 1', "line 1, column 11: not JSON"),
+        ("[1]", "expected one JSON object"),
+        ("{}", "dataset is missing"),
+    ],
+)
+def test_a_file_that_is_not_one_clean_object_is_refused(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / "other.json")
+
+
+def test_overrides_take_dotted_keys_and_json_values(tmp_path: Path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(tiny_values()))
+    overrides = ["training.batch_size=3", "training.unlabeled.mix_mask=cut", "training.unlabeled.pixel_weight=false"]
+    config = load_config(path, overrides=overrides)
+    assert config.training.batch_size == 3
+    assert config.training.unlabeled.mix_mask == "cut"
+    assert config.training.unlabeled.pixel_weight is False
+    for override, message in (
+        ("training.batch_size", "expected KEY=VALUE"),
+        ("training.batch=3", "did you mean batch_size"),
+        ("seed.x=3", "seed is a value"),
+        ("training.learning_rate=NaN", "not a finite number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(path, overrides=[override])
+
+
+def test_a_preset_can_be_overridden_key_by_key(tmp_path: Path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(tiny_values(dataset="pascal_voc")))
+    config = load_config(path, overrides=["dataset.val=my_val.txt", "data_root=/elsewhere"])
+    assert (config.data.val, config.data.root, config.data.classes) == ("my_val.txt", "/elsewhere", 21)
+
+
+def test_the_resolved_configuration_reads_back_equal():
+    for dataset in ("pascal_voc", "cityscapes", tiny_values()["dataset"]):
+        config = check_config(tiny_values(dataset=dataset), source="test")
+        assert check_config(dump_config(config), source="again") == config
+
+
+def test_the_script_decides_the_network_and_says_so():
+    config = check_config(tiny_values(model="DeepLab"), source="test")
+    assert for_network(config, "DeepLab") == config
+    with pytest.warns(UserWarning, match="this script trains"):
+        assert for_network(config, "DeepLabv3+").model == "DeepLabv3+"
+
+
+def test_cityscapes_maps_the_nineteen_ids_of_its_label_files():
+    block = DATASETS["cityscapes"]
+    assert block.label_ids is not None
+    by_name = dict(zip(block.class_names, block.label_ids, strict=True))
+    assert by_name["road"] == 7
+    assert by_name["person"] == 24
+    assert by_name["bicycle"] == 33

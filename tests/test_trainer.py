@@ -1,0 +1,308 @@
+"""The loop: resume gives the same bits, results are complete, and it stops when something is wrong."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data import DatasetFiles, evaluation_loader, preview_batch, training_loader
+from data.demo import make_demo_dataset
+from model import CrossTeacher, build_network, build_networks
+from tests.conftest import tiny_values
+from utils.config import Config, check_config
+from utils.errors import CheckpointError, NonFiniteError, UserError
+from utils.evaluate import evaluate
+from utils.run import Run, newest_checkpoint, start_run
+from utils.trainer import Trainer, build_optimizer
+from utils.visualize import save_picture
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_demo_dataset(tmp_path_factory.mktemp("data") / "demo", size=(48, 48), labeled=6, unlabeled=6, val=3)
+
+
+@pytest.fixture
+def config(demo: Path, tmp_path: Path) -> Callable[..., Config]:
+    def make(**changes: Any) -> Config:
+        dataset = {
+            "root": str(demo),
+            "labeled": "splits/labeled.txt",
+            "unlabeled": "splits/unlabeled.txt",
+            "num_classes": 7,
+        }
+        options = {
+            "training__contrastive__contrast_start": 3,
+            "utils": {
+                "checkpoint_dir": str(tmp_path / "runs"),
+                "log_per_iter": 1,
+                "val_per_iter": 4,
+                "tensorboard": False,
+            },
+        }
+        return check_config(tiny_values(dataset=dataset, **(options | changes)), source="test")
+
+    return make
+
+
+def build(config: Config, *, name: str = "test", resume: str | None = None) -> Trainer:
+    """What the scripts wire."""
+    files = DatasetFiles(config)
+    students = build_networks(config)
+    run = start_run(config, name=name, resume=resume, device="cpu")
+    method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled")))
+
+    def picture(path: Path, step: int) -> None:
+        columns = method.preview(preview_batch(files).to(CPU), step=step)
+        save_picture(path, columns, title="test", class_names=files.block.class_names, palette=None, ignore_label=255)
+
+    return Trainer(
+        method,
+        build_optimizer(students, config),
+        lambda stream, start: training_loader(files, stream, start_step=start),
+        run,
+        config=config,
+        evaluate=lambda step: evaluate(
+            method.models(),
+            evaluation_loader(files, "val", protocol="original"),
+            class_names=files.block.class_names,
+            device=CPU,
+            about=files.about("val") | {"step": step},
+        ),
+        picture=picture,
+    )
+
+
+def stop_after(trainer: Trainer, step: int) -> None:
+    """Train until ``step`` is done, as if a signal had come during it."""
+    train_one = trainer._train_one
+
+    def train_and_stop(*args: Any) -> None:
+        train_one(*args)
+        if trainer.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer._train_one = train_and_stop  # type: ignore[method-assign]
+    assert trainer.fit() is None
+    assert trainer.run.stop_signal == signal.SIGTERM
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    momentum = trainer.optimizer.state_dict()["state"]
+    return trainer.method.state_dict() | {f"momentum {k}": v["momentum_buffer"] for k, v in momentum.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["DeepLab", "DeepLabv3+"])
+@pytest.mark.parametrize("stop", [1, 2, 4, 6])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, network: str, stop: int):
+    whole = build(config(model=network), name="whole")
+    evaluation = whole.fit()
+    first = build(config(model=network), name="parts")
+    stop_after(first, stop)
+    second = build(config(model=network), name="parts", resume="auto")
+    assert second.step == stop
+    assert second.run.folder == first.run.folder
+    again = second.fit()
+    one, other = state_of(whole), state_of(second)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert evaluation is not None
+    assert again is not None
+    assert evaluation.as_dict() == again.as_dict()
+    assert whole.best == second.best
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+            for line in path.read_text().splitlines()
+        ]
+        for path in (whole.run.folder / "log.jsonl", second.run.folder / "log.jsonl")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_finished_run_holds_everything_it_promises(config):
+    trainer = build(config(utils__tensorboard=True))
+    trainer.fit()
+    names = {path.name for path in trainer.run.folder.iterdir()}
+    assert {
+        "config.json",
+        "log.jsonl",
+        "checkpoint.pth",
+        "best_model.pth",
+        "result.json",
+        "result.txt",
+        "picture.png",
+    } <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    result = json.loads((trainer.run.folder / "result.json").read_text())
+    assert set(result["models"]) == {"student_0", "student_1", "teacher_0", "teacher_1", "ensemble"}
+    assert {"split hash", "labeled hash", "step", "best"} <= set(result)
+    steps = [json.loads(line)["step"] for line in (trainer.run.folder / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]  # validations at 4 and 8
+    check_config(json.loads((trainer.run.folder / "config.json").read_text()), source="config.json")
+
+
+def test_tensorboard_holds_a_curve_for_each_term_and_peer_without_steps_done_twice(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = build(config(utils__tensorboard=True))
+    stop_after(first, 5)
+    build(config(utils__tensorboard=True), resume="auto").fit()
+    events = EventAccumulator(str(first.run.folder)).Reload()
+    tags = set(events.Tags()["scalars"])
+    terms = ("supervised", "cross_teacher", "high_level", "low_level", "bank_fill")
+    assert {f"{term}/{own}" for term in terms for own in (0, 1)} <= tags
+    assert {"val/ensemble", "val/teacher_1", "learning_rate/head_0"} <= tags
+    assert [event.step for event in events.Scalars("supervised/0")] == list(range(1, 9))
+
+
+def test_another_configuration_is_refused_with_the_keys_that_differ_and_a_free_one_is_not(config):
+    stop_after(build(config()), 2)
+    with pytest.raises(CheckpointError) as error:
+        build(config(training__learning_rate=0.5, model="DeepLabv3+"), resume="auto")
+    assert "training.learning_rate: 0.01 there, 0.5 here" in str(error.value)
+    assert "model: DeepLab there, DeepLabv3+ here" in str(error.value)
+    assert build(config(training__num_workers=1), resume="auto").step == 2
+
+
+def test_auto_takes_the_newest_of_this_name_only_and_starts_fresh_without_one(config, tmp_path: Path):
+    assert newest_checkpoint(config(), "test") is None
+    folders = [tmp_path / "runs" / f"01-01_00-00-{name}" for name in ("test", "test-2", "test-more", "other")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.pth").touch()
+    found = newest_checkpoint(config(), "test")
+    assert found is not None
+    assert found.parent == folders[1]
+
+
+def test_a_name_used_twice_in_a_minute_gets_a_folder_of_its_own(config):
+    folders = {start_run(config(), name="x", resume=None, device="cpu").folder for _ in range(3)}
+    assert len(folders) == 3
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../b", "", ".hidden", "a b"])
+def test_a_name_that_is_no_file_name_is_refused(config, name: str):
+    with pytest.raises(UserError, match="--name"):
+        start_run(config(), name=name, resume=None, device="cpu")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_term_peer_step_and_images(config, monkeypatch):
+    trainer = build(config())
+    before = {
+        name: value.clone()
+        for name, value in trainer.method.students.state_dict().items()
+        if value.is_floating_point() and "running" not in name
+    }
+    step = trainer.method.training_step
+
+    def broken(*args: Any, **kwargs: Any) -> dict:
+        losses = step(*args, **kwargs)
+        return losses | {("supervised", 1): losses["supervised", 1] * float("nan")}
+
+    monkeypatch.setattr(trainer.method, "training_step", broken)
+    with pytest.raises(
+        NonFiniteError, match=r"supervised of student 1 is nan at step 0; weights not updated; images labeled_"
+    ):
+        trainer.fit()
+    after = trainer.method.students.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_each_parameter_is_in_one_group_with_its_rate_and_decay(config):
+    settings = {"learning_rate": 0.1, "head_lr_multiplier": 10.0, "backbone_lr_multiplier": 3.0}
+    for free in (False, True):
+        values = {f"training__{key}": value for key, value in settings.items()}
+        given = config(training__decay_norm_and_bias=not free, **values)
+        networks = build_networks(given)
+        optimizer = build_optimizer(networks, given)
+        listed = [p for group in optimizer.param_groups for p in group["params"]]
+        assert len(listed) == len({id(p) for p in listed}) == sum(len(list(n.parameters())) for n in networks)
+        for group in optimizer.param_groups:
+            assert group["base_lr"] == pytest.approx(0.3 if "backbone" in group["name"] else 1.0)
+            decays = {p.ndim > 1 or not free for p in group["params"]}
+            assert decays == {group["weight_decay"] > 0} or not free
+
+
+def test_the_learning_rate_falls_by_the_schedule_or_not_at_all(config):
+    trainer = build(config())
+    trainer._set_learning_rate(4)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.5**0.9)
+    trainer = build(config(training__lr_schedule=None))
+    trainer._set_learning_rate(4)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_evaluation_leaves_training_mode_and_weights_alone_and_its_ensemble_is_the_students_mean(config):
+    given = config()
+    files = DatasetFiles(given)
+    method = CrossTeacher(
+        [build_network("DeepLab", 7, "resnet18", width=8, feature_channels=32) for _ in (0, 1)],
+        given,
+        labeled_samples=6,
+    )
+    method.train()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    seen: dict[str, torch.Tensor] = {}
+    evaluation = evaluate(
+        method.models(),
+        evaluation_loader(files, "val", protocol="original"),
+        class_names=files.block.class_names,
+        device=CPU,
+        about={},
+        on_prediction=seen.__setitem__,
+    )
+    assert all(module.training for module in method.students.modules())
+    assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
+    assert evaluation.about["images"] == 3
+    (items,) = evaluation_loader(files, "val", protocol="original")
+    method.eval()
+    with torch.no_grad():
+        image = items[0].image[None].float() / 255
+        logits = [student(student.normalization(image)).logits for student in method.students]
+        large = [
+            torch.nn.functional.interpolate(one, size=(48, 48), mode="bilinear", align_corners=True) for one in logits
+        ]
+        expected = sum(one.softmax(dim=1) for one in large).argmax(dim=1)[0]
+    assert (seen[items[0].id] == expected).float().mean() > 0.999  # ties may fall either way
+
+
+def test_padding_is_what_normalization_maps_to_zero_and_is_cut_back(config):
+    given = config()
+    network = build_network("DeepLab", 7, "resnet18", width=8, feature_channels=32)
+    image = torch.full((3, 33, 33), 120, dtype=torch.uint8)
+    item = type("Item", (), {"image": image, "label": torch.zeros(33, 33, dtype=torch.int64), "id": "a"})()
+    seen = []
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    prediction: dict[str, torch.Tensor] = {}
+    evaluate(
+        {"student_0": network},
+        [[item]],
+        class_names=list("abcdefg"),
+        device=CPU,
+        pad=(40, 50),
+        about={},
+        on_prediction=prediction.__setitem__,
+    )
+    assert seen[0].shape == (1, 3, 40, 50)
+    assert (seen[0][..., 33:, :] == 0).all()
+    assert (seen[0][..., 33:] == 0).all()
+    assert prediction["a"].shape == (33, 33)
+    assert given.release_pad("release") is None
+
+
+def test_run_keeps_its_signal_handlers_to_itself(tmp_path: Path):
+    before = signal.getsignal(signal.SIGTERM)
+    run = Run(tmp_path, CPU)
+    with run.stoppable():
+        signal.raise_signal(signal.SIGTERM)
+        assert run.stop_signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a second one ends the process at once"
+    assert signal.getsignal(signal.SIGTERM) == before
