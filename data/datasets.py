@@ -3,11 +3,13 @@
 import hashlib
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from data.decode import image_size, read_image, read_label
 from utils.config import Config, DatasetConfig
 from utils.errors import UserError
 from utils.randomness import keyed_seed
@@ -55,9 +57,37 @@ class DatasetFiles:
                 f"{len(missing)} of {len(paths)} files of the {split} list are missing: {shown}{' ...' * (len(missing) > 3)}"
             )
 
+    def read_pair(self, identifier: str) -> tuple[np.ndarray, np.ndarray]:
+        """(H,W,3) uint8 RGB image and (H,W) uint8 label map of classes and ``ignore_label``, of one size."""
+        return read_image(self.image_path(identifier)), self.read_classes(identifier)
+
+    def read_classes(self, identifier: str) -> np.ndarray:
+        """(H,W) uint8 classes and ``ignore_label``. Raises UserError for another size than the image's, or other ids."""
+        path, size = self.label_path(identifier), image_size(self.image_path(identifier))
+        label = read_label(path)
+        if label.shape != size:
+            raise UserError(
+                f"{path}: label map of {label.shape[1]} x {label.shape[0]} "
+                f"for an image of {size[1]} x {size[0]} pixels; they must agree"
+            )
+        if self.label_table is not None:
+            return self.label_table[label]
+        counts = np.bincount(label.ravel(), minlength=256)
+        ignore, classes = self.config.ignore_label, self.config.num_classes
+        outside = [index for index in np.flatnonzero(counts) if index >= classes and index != ignore]
+        if outside:
+            found = ", ".join(f"{index} ({counts[index]} pixels)" for index in outside[:5])
+            raise UserError(
+                f"{path}: label ids out of range: {found}; expected 0..{classes - 1} or ignore_label {ignore}. "
+                "Check the number of classes, ignore_label, or map the ids with dataset.label_ids"
+            )
+        return label
+
     def check_for_training(self) -> None:
-        """All files that a run will read are there."""
+        """All files that a run will read are there, and the label maps of the labeled images hold classes."""
         self.check_files("labeled", labels=True)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.read_classes, self.ids("labeled")))
         if self.config.training.unlabeled.train_unlabeled:
             self.check_files("unlabeled", labels=False)  # unlabeled images need no label file
         self.check_files("val", labels=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.datasets import DatasetFiles
-from data.decode import read_image, read_label
+from data.decode import read_image
 from data.transforms import random_crop, resize
 from utils.batch import Batch
 from utils.config import DataConfig, parse_size
@@ -84,7 +84,7 @@ class TrainingCrops(Dataset[Batch | UserError]):
     def _crop(self, position: int) -> Batch:
         config, identifier = self.files.config, self.id_at(position)
         if self.stream == "labeled":
-            image, label = read_pair(self.files, identifier)
+            image, label = self.files.read_pair(identifier)
         else:
             image = read_image(self.files.image_path(identifier))
             label = np.full(image.shape[:2], config.ignore_label, dtype=np.uint8)
@@ -110,7 +110,7 @@ class EvaluationImages(Dataset[EvaluationImage | UserError]):
 
     def __getitem__(self, index: int) -> EvaluationImage | UserError:
         try:
-            image, label = read_pair(self.files, self.ids[index])
+            image, label = self.files.read_pair(self.ids[index])
         except UserError as error:
             return error
         image = resize(image, self.image_size) if self.image_size else image
@@ -160,28 +160,6 @@ def preview_batch(files: DatasetFiles, count: int = 3) -> Batch:
         label = resize(item.label.byte().numpy(), (height, width))
         crops.append(_crop_batch(image, label, still, rng=np.random.default_rng(0), identifier=item.id, files=files))
     return _join_crops(crops)
-
-
-def read_pair(files: DatasetFiles, identifier: str) -> tuple[np.ndarray, np.ndarray]:
-    """(H,W,3) uint8 image and (H,W) uint8 label of classes and ``ignore_label``; UserError when they do not fit."""
-    image, path = read_image(files.image_path(identifier)), files.label_path(identifier)
-    label = read_label(path)
-    if label.shape != image.shape[:2]:
-        raise UserError(
-            f"{path}: label map of {label.shape[1]} x {label.shape[0]} for an image of {image.shape[1]} x {image.shape[0]} pixels"
-        )
-    if files.label_table is not None:
-        return image, files.label_table[label]
-    counts = np.bincount(label.ravel(), minlength=256)
-    ignore, classes = files.config.ignore_label, files.config.num_classes
-    outside = [index for index in np.flatnonzero(counts) if index >= classes and index != ignore]
-    if outside:
-        found = ", ".join(f"{index} ({counts[index]} pixels)" for index in outside[:5])
-        raise UserError(
-            f"{path}: label ids out of range: {found}; expected 0..{classes - 1} or ignore_label {ignore}. "
-            "Check the number of classes, ignore_label, or map the ids with dataset.label_ids"
-        )
-    return image, label
 
 
 class _Collate(Generic[Item]):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data import DatasetFiles, evaluation_loader, preview_batch, training_loader
 from data.decode import image_size, read_image, read_label
-from data.loaders import TrainingCrops, read_pair
+from data.loaders import TrainingCrops
 from data.transforms import PAD_COLOR, random_crop, resize
 from tests.conftest import tiny_values
 from utils.config import Config, DataConfig, check_config
@@ -161,7 +161,7 @@ def test_cityscapes_is_read_in_its_own_layout_with_ids_mapped_and_files_sorted(t
     files = DatasetFiles(check_config(values, source="test"))
     assert files.ids("val") == ["val/bonn/bonn_000000_000019"]
     assert files._train_ids == ["train/aachen/aachen_000000_000019", "train/zurich/zurich_000000_000019"]
-    _, label = read_pair(files, "val/bonn/bonn_000000_000019")
+    _, label = files.read_pair("val/bonn/bonn_000000_000019")
     assert label[0, ::16].tolist() == [0, 18, 250, 250]
     released = next(iter(evaluation_loader(files, "val", protocol="release")))[0]
     original = next(iter(evaluation_loader(files, "val", protocol="original")))[0]
@@ -226,6 +226,8 @@ def test_a_label_that_does_not_fit_is_one_clear_message_from_any_process(
 ):
     Image.fromarray(label).save(root / "SegmentationClassAug/picture_0.png")
     files = DatasetFiles(config(training__num_workers=workers))
+    with pytest.raises(UserError, match=message):
+        files.check_for_training()
     with pytest.raises(UserError, match=message) as error:
         for _ in training_loader(files, "labeled", start_step=0):
             pass

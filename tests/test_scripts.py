@@ -1,0 +1,252 @@
+"""The commands as a user types them: real processes, right and wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.demo import make_demo_dataset
+from tests.conftest import tiny_values
+
+PROJECT = Path(__file__).parent.parent
+SCRIPTS = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "cross_teacher_deeplabv3+.py"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+
+
+def run(script: str, *arguments: object, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_demo_dataset(tmp_path_factory.mktemp("data") / "demo", size=(48, 48), labeled=6, unlabeled=6, val=3)
+
+
+def write_config(folder: Path, demo: Path, **changes: Any) -> Path:
+    names = json.loads((demo / "classes.json").read_text())["names"]
+    values = tiny_values(
+        dataset={
+            "name": "demo",
+            "root": str(demo),
+            "labeled": "splits/labeled.txt",
+            "unlabeled": "splits/unlabeled.txt",
+            "names": names,
+        },
+        training__num_iterations=4,
+        training__contrastive__contrast_start=2,
+        utils={
+            "checkpoint_dir": str(folder / "runs"),
+            "log_per_iter": 1,
+            "val_per_iter": 2,
+            "save_checkpoint_every": 2,
+        },
+    )
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        block = values
+        for name in parents:
+            block = block[name]
+        block[last] = value
+    path = folder / "config.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in PROJECT.glob("*.py")))
+def test_help_is_complete(script: str):
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    for option in {
+        "cross_teacher_contr.py": [
+            "--config",
+            "--name",
+            "--resume",
+            "--set",
+            "--data-root",
+            "--device",
+            "--gpus",
+            "--save-images",
+        ],
+        "evaluateSSL.py": [
+            "--model-path",
+            "--gpu",
+            "--save-output-images",
+            "--protocol",
+            "--split",
+            "--data-root",
+            "--output",
+        ],
+        "prepare_data.py": ["demo"],
+        "ablate.py": ["--config", "--name", "--grid", "--seeds", "--set", "--jobs"],
+    }.get(script, []):
+        assert option in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", SCRIPTS)
+def test_train_resume_and_evaluate_by_command(tmp_path: Path, demo: Path, network: str):
+    config = write_config(tmp_path, demo)
+    short = ("--config", config, "--name", "first", "--save-images", tmp_path / "pictures")
+    done = run(SCRIPTS[network], *short)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    for shown in (
+        "student_0",
+        "teacher_1",
+        "ensemble",
+        "mean IoU",
+        *json.loads((demo / "classes.json").read_text())["names"],
+    ):
+        assert shown in done.stdout
+    assert str(folder) in done.stdout
+    assert "tensorboard --logdir" in done.stdout
+    assert (done.stderr.count("this script trains") == 1) == (network == "DeepLabv3+")
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"step_000002.png", "step_000004.png"}
+
+    again = run(SCRIPTS[network], *short, "--resume", "auto")
+    assert again.returncode == 0, again.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
+    assert again.stdout.splitlines()[3:] == done.stdout.splitlines()[3:], "the same table"
+
+    evaluated = run("evaluateSSL.py", "-m", folder / "checkpoint.pth", "--save-output-images")
+    assert evaluated.returncode == 0, evaluated.stderr
+    trained = json.loads((folder / "result.json").read_text())["models"]
+    output = folder / "evaluation-val-original"
+    assert json.loads((output / "result.json").read_text())["models"] == trained
+    images = sorted((output / "images").iterdir())
+    assert len(images) == 3
+    with Image.open(images[0]) as image:
+        assert (image.mode, image.size) == ("P", (48, 48))
+        assert image.getpalette()[3:6] == [128, 0, 0]
+        assert np.asarray(image).max() < 7
+    hidden = run("evaluateSSL.py", "-m", folder, "--split", "unlabeled", "--output", tmp_path / "hidden")
+    assert hidden.returncode == 0, hidden.stderr
+    assert "split unlabeled" in (tmp_path / "hidden" / "result.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_json_block_with_other_folders_file_types_and_palette(tmp_path: Path, demo: Path):
+    root = tmp_path / "mine"
+    for folder in ("photos", "masks"):
+        (root / folder).mkdir(parents=True)
+    ids = (demo / "splits/labeled.txt").read_text().split()
+    for name in ids:
+        Image.open(demo / f"JPEGImages/{name}.jpg").save(root / f"photos/{name}_rgb.png")
+        label = np.asarray(Image.open(demo / f"SegmentationClassAug/{name}.png"))
+        Image.fromarray(np.where(label == 255, 0, label * 10 + 5).astype(np.uint8)).save(root / f"masks/{name}.png")
+    (root / "all.txt").write_text("\n".join(ids))
+    block = {
+        "name": "mine", "root": str(root), "images": "photos/{id}_rgb.png", "labels": "masks/{id}.png", "train": "*", "val": "all.txt",
+        "label_ids": [5, 15, 25, 35, 45, 55, 65], "num_classes": 7, "palette": [[index, 2, 3] for index in range(7)],
+    }  # fmt: skip
+    config = write_config(tmp_path, demo, dataset=block, training__data={"input_size": "40,40", "labeled_samples": 4})
+    done = run(SCRIPTS["DeepLab"], "--config", config, "--name", "own")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "warning: no training.data.split_id_list: the labeled images are drawn by a seeded permutation" in done.stderr
+    )
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert run("evaluateSSL.py", "-m", folder, "--save-output-images").returncode == 0
+    with Image.open(next((folder / "evaluation-val-original/images").iterdir())) as image:
+        assert image.getpalette()[:6] == [0, 2, 3, 1, 2, 3]
+
+
+def bad_cases(demo: Path, folder: Path) -> dict[str, tuple[dict, list, str]]:
+    other = folder / "damaged"
+    make_demo_dataset(other, size=(48, 48), labeled=6, unlabeled=6, val=3)
+    first = (other / "splits/labeled.txt").read_text().split()[0]
+    Image.fromarray(np.full((48, 48), 21, dtype=np.uint8)).save(other / f"SegmentationClassAug/{first}.png")
+    (other / "empty.txt").touch()
+    damaged = ["--data-root", other]
+    return {
+        "unknown key": ({}, ["--set", "training.batchsize=3"], "did you mean batch_size?"),
+        "wrong type": ({"seed": "one"}, [], 'seed = "one"'),
+        "missing dataset": ({}, ["--data-root", folder / "nowhere"], "nowhere: no such folder"),
+        "empty list": ({}, [*damaged, "--set", "dataset.labeled=empty.txt"], "empty.txt is empty"),
+        "overlapping lists": (
+            {},
+            ["--set", "dataset.unlabeled=splits/labeled.txt"],
+            "in the labeled and the unlabeled list",
+        ),
+        "label id out of range": ({}, damaged, "label ids out of range: 21"),
+        "name that leaves the folder": ({}, ["--name", "../x"], "--name"),
+        "checkpoint that is not there": ({}, ["--resume", "gone.pth"], "gone.pth: no such checkpoint"),
+        "several GPUs": ({}, ["--gpus", "2"], "--gpus 2"),
+        "GPU without one": ({}, ["--device", "cuda"], "use --device cpu"),
+    }
+
+
+@pytest.mark.slow
+def test_wrong_input_ends_in_one_message_and_status_2(tmp_path: Path, demo: Path):
+    for case, (changes, arguments, message) in bad_cases(demo, tmp_path).items():
+        config = write_config(tmp_path, demo, **changes)
+        done = run(SCRIPTS["DeepLab"], "--config", config, "--name", "bad", *arguments)
+        assert done.returncode == 2, (case, done.stderr)
+        assert message in done.stderr, case
+        assert "Traceback" not in done.stderr, case
+        assert not (tmp_path / "runs").exists(), case
+
+
+@pytest.mark.slow
+def test_missing_weights_end_in_status_5_and_a_place_to_put_them(tmp_path: Path, demo: Path):
+    done = run(SCRIPTS["DeepLab"], "--config", write_config(tmp_path, demo, pretrained="weights.pth"), "--name", "bad")
+    assert done.returncode == 5
+    assert "weights.pth" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_evaluation_refuses_what_it_cannot_mean(tmp_path: Path):
+    for arguments, message in (
+        (["-m", tmp_path], "neither best_model.pth"),
+        (["-m", tmp_path / "x"], "no such checkpoint"),
+    ):
+        done = run("evaluateSSL.py", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_grid_is_run_once_and_reported(tmp_path: Path, demo: Path):
+    config = write_config(tmp_path, demo)
+    study = (
+        "--config",
+        config,
+        "--name",
+        "study",
+        "--seeds",
+        "0",
+        "1",
+        "--grid",
+        "training.unlabeled.train_unlabeled=false,true",
+        "--jobs",
+        "2",
+    )
+    done = run("ablate.py", *study)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (tmp_path / "runs/study/report.md").read_text()
+    assert table.count("±") == 4 + 1
+    assert "training.unlabeled.train_unlabeled=false" in table
+    times = {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("result.json")}
+    assert len(times) == 4
+    assert "4 already done" in run("ablate.py", *study).stdout
+    assert times == {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("result.json")}
+    refused = run("ablate.py", *study, "--grid", "training.batch_sise=1")
+    assert refused.returncode == 2
+    assert "did you mean batch_size" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_dataset_is_made_by_command(tmp_path: Path):
+    for _ in range(2):
+        done = run("prepare_data.py", "demo", tmp_path / "demo")
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "demo/classes.json").is_file()
