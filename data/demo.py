@@ -1,8 +1,8 @@
 """A generated dataset in VOC layout: nothing to download, and small enough for a CPU.
 
-Balls, pyramids and rings are known by their form; stripes, checker and dots by their texture, in any outline. Colour,
-size, rotation, light, occlusion and clutter are random, so that colour says nothing about the class and a few labeled
-pictures are too few to learn from, yet every object is clear to the eye: the room that unlabeled pictures can fill.
+Balls, pyramids and rings are known by their form; stripes, checker and dots by their texture, in any outline.
+Colour, size, rotation, light, occlusion and clutter are random. So a few labeled pictures are too few to learn
+from, yet every object is clear to the eye: the room that unlabeled pictures can fill.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ Generator = np.random.Generator
 
 
 class _Object(NamedTuple):
-    """One object on the canvas: mask (height, width) uint8, 255 inside; relief (height, width) float32, in pixels."""
+    """An object on the canvas: mask (height, width), 255 inside; relief (height, width), its height in pixels."""
 
     class_id: int
     mask: Bytes
@@ -56,11 +56,11 @@ def make_demo_dataset(
 ) -> Path:
     """Make the dataset under `root`, unless the same one is already there, and return `root`.
 
-    Unlabeled images have label files too, for analysis only. The folder appears in one step when everything is
-    written. The same arguments give the same labels everywhere, and the same images but for rounding.
+    Unlabeled images have label files too, for analysis only. The folder appears in one step when all is written.
+    The same arguments give the same labels everywhere, and the same images but for rounding.
 
     Args:
-        root: dataset folder. A different or damaged demo dataset there is replaced; foreign files are an error.
+        root: dataset folder. Another or a damaged demo dataset there is replaced; foreign files are an error.
         seed: seed of the pictures; one of a given split and index does not depend on the counts.
         size: height, width in pixels.
         labeled: number of labeled images, at least one for each class but background.
@@ -99,7 +99,7 @@ def draw_example(*, seed: int, split: str, index: int, size: tuple[int, int]) ->
     height, width = size[0] * _SCALE, size[1] * _SCALE
     canvas = _background(height, width, rng)
     numbers = np.zeros(size, np.uint8)  # 0: background, k: the k-th object painted
-    # The first and front-most object's class goes through all classes, so that a short list shows each of them.
+    # The first and front-most object's class goes through all classes, so that a short list shows all.
     others = rng.integers(1, len(CLASSES), int(rng.integers(1, 5)))
     objects = _layout([1 + index % (len(CLASSES) - 1), *others.tolist()], height, width, rng)[::-1]
     light = rng.uniform(0, 2 * np.pi)
@@ -109,11 +109,12 @@ def draw_example(*, seed: int, split: str, index: int, size: tuple[int, int]) ->
     label = np.array([0, *(thing.class_id for thing in objects)], np.uint8)[numbers]
     window = np.ones((2, 2), np.uint8)  # as in VOC, a thin line around every object has no class
     label[cv2.dilate(numbers, window) != cv2.erode(numbers, window)] = IGNORE_LABEL
-    return _photograph(cv2.resize(canvas, size[::-1], interpolation=cv2.INTER_AREA), rng), label
+    image = cv2.resize(canvas, size[::-1], interpolation=cv2.INTER_AREA).astype(np.float32)
+    return _photograph(image, rng), label
 
 
 def voc_palette(count: int = 256) -> Bytes:
-    """The colours of VOC's label files, (count, 3) uint8: the id's bits dealt to red, green and blue in turn."""
+    """The colours of VOC's label files, (count, 3): the id's bits dealt to red, green and blue in turn."""
     ids = np.arange(count)[:, None]
     colours = np.zeros((count, 3), np.int64)
     for bit in range(8):
@@ -194,7 +195,7 @@ def _layout(classes: list[int], height: int, width: int, rng: Generator) -> list
 
 
 def _contours(class_id: int, rng: Generator) -> list[NDArray[np.float64]]:
-    """Outline of a randomly turned and squeezed object of about unit radius, (N, 2) x, y; a second one is a hole."""
+    """Outline of a randomly turned object of about unit radius, (N, 2) x, y; a second one is a hole."""
     name = CLASSES[class_id]
     corners = 3 if name == "pyramid" else 72
     angle = np.arange(corners) * (2 * np.pi / corners)
@@ -203,9 +204,9 @@ def _contours(class_id: int, rng: Generator) -> list[NDArray[np.float64]]:
         for wave in (2, 3, 4):
             radius += rng.uniform(0.05, 0.2) * np.cos(wave * angle + rng.uniform(0, 2 * np.pi))
     turn, lean = rng.uniform(0, 2 * np.pi, 2)
-    squeeze = _rotation(lean) @ np.diag([1, rng.uniform(0.75, 1)]) @ _rotation(-lean)
+    squeeze = _rotation(lean) @ np.diag([1, rng.uniform(0.8, 1)]) @ _rotation(-lean)
     points = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1) @ _rotation(turn) @ squeeze
-    return [points, points * rng.uniform(0.45, 0.65)] if name == "ring" else [points]
+    return [points, points * rng.uniform(0.4, 0.55)] if name == "ring" else [points]
 
 
 def _rotation(angle: float) -> NDArray[np.float64]:
@@ -229,7 +230,7 @@ def _noise(height: int, width: int, grain: float, rng: Generator) -> Floats:
 
 
 def _colour(hue: float, rng: Generator, *, value: tuple[float, float], vivid: tuple[float, float]) -> Floats:
-    """A colour, (3,) float32 in 0..255; hue in 0..6, brightness and saturation (`vivid`) within the bounds."""
+    """A colour, (3,) in 0..255; hue in 0..6, random brightness and saturation (`vivid`) within the bounds."""
     wheel = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     saturation = rng.uniform(*vivid)
     return np.asarray(255 * rng.uniform(*value) * (1 - saturation + saturation * wheel), np.float32)
@@ -239,26 +240,27 @@ def _surface(class_id: int, height: int, width: int, rng: Generator) -> Floats:
     """Colours of an object: (3,) if plain, else its texture over the whole canvas, (height, width, 3)."""
     name, hue = CLASSES[class_id], rng.uniform(0, 6)
     if name not in _TEXTURES:
-        return _colour(hue, rng, value=(0.6, 1.0), vivid=(0.35, 0.9))
-    grid = np.mgrid[:height, :width] * (2 * np.pi / (_SCALE * rng.uniform(9, 18)))
+        return _colour(hue, rng, value=(0.7, 1.0), vivid=(0.5, 0.95))
+    grid = np.mgrid[:height, :width] * (2 * np.pi / (_SCALE * rng.uniform(9, 15)))
     u, v = np.tensordot(_rotation(rng.uniform(0, 2 * np.pi)), grid, 1)
-    waves = {"stripes": np.sin(u), "checker": 1.6 * np.sin(u) * np.sin(v), "dots": np.cos(u) + np.cos(v) - 0.7}
-    share = np.clip(0.5 + 2.5 * waves[name], 0, 1)[..., None]
-    dark = _colour(hue, rng, value=(0.3, 0.65), vivid=(0.6, 0.95))
+    checker, dots = 1.6 * np.sin(u) * np.sin(v), np.cos(u) + np.cos(v) - 0.7
+    waves = {"stripes": np.sin(u), "checker": checker, "dots": dots}
+    share = np.clip(0.5 + 2.5 * waves[name], 0, 1)[..., None]  # of the light colour
+    dark = _colour(hue, rng, value=(0.35, 0.6), vivid=(0.7, 0.95))
     light = _colour(hue + rng.uniform(-0.5, 0.5), rng, value=(0.85, 1.0), vivid=(0.1, 0.45))
     return np.asarray(dark * (1 - share) + light * share, np.float32)
 
 
 def _background(height: int, width: int, rng: Generator) -> Floats:
-    """Two dull colours, grain, and clutter that belongs to no class (lines, arcs, specks): (height, width, 3)."""
-    first, second = (_colour(rng.uniform(0, 6), rng, value=(0.35, 0.8), vivid=(0.05, 0.3)) for _ in range(2))
+    """Two dull colours, grain, and clutter of no class (lines, arcs, specks): (height, width, 3)."""
+    first, second = (_colour(rng.uniform(0, 6), rng, value=(0.4, 0.75), vivid=(0.05, 0.2)) for _ in range(2))
     blend = _noise(height, width, rng.uniform(0.2, 0.7) * width, rng)
     grain = 0.85 + 0.3 * _noise(height, width, _SCALE * rng.uniform(1.5, 8), rng)
     canvas = np.ascontiguousarray((first * blend + second * (1 - blend)) * grain, np.float32)
-    for _ in range(int(rng.integers(3, 11))):
-        colour = _colour(rng.uniform(0, 6), rng, value=(0.2, 1.0), vivid=(0.1, 0.7)).tolist()
+    for _ in range(int(rng.integers(2, 8))):
+        colour = _colour(rng.uniform(0, 6), rng, value=(0.2, 0.9), vivid=(0.1, 0.5)).tolist()
         x, y, x2, y2 = (rng.random(4) * (width, height, width, height)).astype(int).tolist()
-        kind, thickness, start = int(rng.integers(3)), int(rng.integers(1, 2 * _SCALE)), int(rng.integers(360))
+        kind, thickness, start = rng.integers([0, 1, 0], [3, 2 * _SCALE, 360]).tolist()
         if kind == 0:
             cv2.line(canvas, (x, y), (x2, y2), colour, thickness)
         elif kind == 1:
@@ -290,6 +292,6 @@ def _photograph(image: Floats, rng: Generator) -> Bytes:
     angle = rng.uniform(0, 2 * np.pi)
     light = 1 + rng.uniform(0, 0.3) * (np.cos(angle) * x + np.sin(angle) * y)
     lit = image * light[..., None] * rng.uniform(0.85, 1.15, 3)
-    lit = (lit - 128) * rng.uniform(0.75, 1.1) + 128 + rng.uniform(-15, 15)
+    lit = (lit - 128) * rng.uniform(0.85, 1.1) + 128 + rng.uniform(-15, 15)
     lit = lit + rng.normal(0, rng.uniform(1, 6), image.shape)
-    return np.clip(np.rint(lit), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(lit), 0, 255), np.uint8)
