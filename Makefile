@@ -41,12 +41,12 @@ check: lint types test ## what CI runs
 schema: .venv/runtime ## write configs/config.schema.json and the README's table of keys
 	$(BIN)/python -m utils.config
 
-# Longer than the demo: 2000 steps a run. --jobs 2: two runs side by side, one core each.
+# Longer than the demo: 1200 steps a run. --jobs 2: two runs side by side, one core each.
 compare: .venv/runtime ## the README's comparison on the demo dataset: 3 seeds, with and without unlabeled images
 	$(BIN)/python prepare_data.py demo datasets/demo
 	$(BIN)/python ablate.py --config configs/configDemo.json --name compare --seeds 0 1 2 --jobs 2 \
-	  --set training.num_iterations=2000 --set training.unlabeled.start_iteration=500 \
-	  --set training.contrastive.contrast_start=1000 --set utils.val_per_iter=500 \
+	  --set training.num_iterations=1200 --set training.unlabeled.start_iteration=300 \
+	  --set training.contrastive.contrast_start=600 --set utils.val_per_iter=300 \
 	  --grid training.unlabeled.train_unlabeled=false,true
 
 clean:              ## remove the environment and the demo dataset, not the runs

@@ -1,7 +1,7 @@
 """A generated dataset in VOC layout: nothing to download, and small enough for a CPU.
 
 Balls, pyramids and rings are known by their form; stripes, checker and dots by their texture, in any outline.
-Colour, size, rotation, light, occlusion and clutter are random. So a few labeled pictures are too few to learn
+Color, size, rotation, light, occlusion and clutter are random. So a few labeled pictures are too few to learn
 from, yet every object is clear to the eye: the room that unlabeled pictures can fill.
 """
 
@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from utils.visualize import voc_palette, write_label
 
 CLASSES = ("background", "ball", "pyramid", "ring", "stripes", "checker", "dots")
 IGNORE_LABEL = 255
@@ -113,15 +115,6 @@ def draw_example(*, seed: int, split: str, index: int, size: tuple[int, int]) ->
     return _photograph(image, rng), label
 
 
-def voc_palette(count: int = 256) -> Bytes:
-    """The colours of VOC's label files, (count, 3): the id's bits dealt to red, green and blue in turn."""
-    ids = np.arange(count)[:, None]
-    colours = np.zeros((count, 3), np.int64)
-    for bit in range(8):
-        colours |= ((ids >> (3 * bit + np.arange(3))) & 1) << (7 - bit)
-    return colours.astype(np.uint8)
-
-
 def _is_own(path: Path, root: Path) -> bool:
     return _OWN_FILE.fullmatch(path.relative_to(root).as_posix()) is not None
 
@@ -147,15 +140,12 @@ def _write_dataset(root: Path, *, seed: int, size: tuple[int, int], counts: dict
     """Write pictures, labels, lists and class names: all but the manifest."""
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation", "splits"):
         (root / folder).mkdir(parents=True)
-    palette = voc_palette()
     ids = {split: [f"{split}_{index:04d}" for index in range(count)] for split, count in counts.items()}
     for split, names in ids.items():
         for index, name in enumerate(names):
             image, label = draw_example(seed=seed, split=split, index=index, size=size)
             Image.fromarray(image).save(root / f"JPEGImages/{name}.jpg", quality=95, subsampling=0)
-            label_file = Image.fromarray(label)
-            label_file.putpalette(palette.tobytes())
-            label_file.save(root / f"SegmentationClassAug/{name}.png")
+            write_label(root / f"SegmentationClassAug/{name}.png", label, None)
     lists = {
         "ImageSets/Segmentation/train.txt": ids["labeled"] + ids["unlabeled"],
         "ImageSets/Segmentation/val.txt": ids["val"],
@@ -164,7 +154,7 @@ def _write_dataset(root: Path, *, seed: int, size: tuple[int, int], counts: dict
     }
     for path, names in lists.items():
         (root / path).write_text("".join(f"{name}\n" for name in names))
-    classes = {"names": list(CLASSES), "palette": palette[: len(CLASSES)].tolist()}
+    classes = {"names": list(CLASSES), "palette": voc_palette(len(CLASSES))}
     (root / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
 
 
@@ -229,45 +219,45 @@ def _noise(height: int, width: int, grain: float, rng: Generator) -> Floats:
     return np.clip(smooth, 0, 1).astype(np.float32)[..., None]
 
 
-def _colour(hue: float, rng: Generator, *, value: tuple[float, float], vivid: tuple[float, float]) -> Floats:
-    """A colour, (3,) in 0..255; hue in 0..6, random brightness and saturation (`vivid`) within the bounds."""
+def _color(hue: float, rng: Generator, *, value: tuple[float, float], vivid: tuple[float, float]) -> Floats:
+    """A color, (3,) in 0..255; hue in 0..6, random brightness and saturation (`vivid`) within the bounds."""
     wheel = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     saturation = rng.uniform(*vivid)
     return np.asarray(255 * rng.uniform(*value) * (1 - saturation + saturation * wheel), np.float32)
 
 
 def _surface(class_id: int, height: int, width: int, rng: Generator) -> Floats:
-    """Colours of an object: (3,) if plain, else its texture over the whole canvas, (height, width, 3)."""
+    """Colors of an object: (3,) if plain, else its texture over the whole canvas, (height, width, 3)."""
     name, hue = CLASSES[class_id], rng.uniform(0, 6)
     if name not in _TEXTURES:
-        return _colour(hue, rng, value=(0.7, 1.0), vivid=(0.5, 0.95))
+        return _color(hue, rng, value=(0.7, 1.0), vivid=(0.5, 0.95))
     grid = np.mgrid[:height, :width] * (2 * np.pi / (_SCALE * rng.uniform(9, 15)))
     u, v = np.tensordot(_rotation(rng.uniform(0, 2 * np.pi)), grid, 1)
     checker, dots = 1.6 * np.sin(u) * np.sin(v), np.cos(u) + np.cos(v) - 0.7
     waves = {"stripes": np.sin(u), "checker": checker, "dots": dots}
-    share = np.clip(0.5 + 2.5 * waves[name], 0, 1)[..., None]  # of the light colour
-    dark = _colour(hue, rng, value=(0.35, 0.6), vivid=(0.7, 0.95))
-    light = _colour(hue + rng.uniform(-0.5, 0.5), rng, value=(0.85, 1.0), vivid=(0.1, 0.45))
+    share = np.clip(0.5 + 2.5 * waves[name], 0, 1)[..., None]  # of the light color
+    dark = _color(hue, rng, value=(0.35, 0.6), vivid=(0.7, 0.95))
+    light = _color(hue + rng.uniform(-0.5, 0.5), rng, value=(0.85, 1.0), vivid=(0.1, 0.45))
     return np.asarray(dark * (1 - share) + light * share, np.float32)
 
 
 def _background(height: int, width: int, rng: Generator) -> Floats:
-    """Two dull colours, grain, and clutter of no class (lines, arcs, specks): (height, width, 3)."""
-    first, second = (_colour(rng.uniform(0, 6), rng, value=(0.4, 0.75), vivid=(0.05, 0.2)) for _ in range(2))
+    """Two dull colors, grain, and clutter of no class (lines, arcs, specks): (height, width, 3)."""
+    first, second = (_color(rng.uniform(0, 6), rng, value=(0.4, 0.75), vivid=(0.05, 0.2)) for _ in range(2))
     blend = _noise(height, width, rng.uniform(0.2, 0.7) * width, rng)
     grain = 0.85 + 0.3 * _noise(height, width, _SCALE * rng.uniform(1.5, 8), rng)
     canvas = np.ascontiguousarray((first * blend + second * (1 - blend)) * grain, np.float32)
     for _ in range(int(rng.integers(2, 8))):
-        colour = _colour(rng.uniform(0, 6), rng, value=(0.2, 0.9), vivid=(0.1, 0.5)).tolist()
+        color = _color(rng.uniform(0, 6), rng, value=(0.2, 0.9), vivid=(0.1, 0.5)).tolist()
         x, y, x2, y2 = (rng.random(4) * (width, height, width, height)).astype(int).tolist()
         kind, thickness, start = rng.integers([0, 1, 0], [3, 2 * _SCALE, 360]).tolist()
         if kind == 0:
-            cv2.line(canvas, (x, y), (x2, y2), colour, thickness)
+            cv2.line(canvas, (x, y), (x2, y2), color, thickness)
         elif kind == 1:
             axes = 1 + abs(x2 - x) // 2, 1 + abs(y2 - y) // 2
-            cv2.ellipse(canvas, (x, y), axes, 0, start, start + int(rng.integers(40, 150)), colour, thickness)
+            cv2.ellipse(canvas, (x, y), axes, 0, start, start + int(rng.integers(40, 150)), color, thickness)
         else:
-            cv2.circle(canvas, (x, y), thickness, colour, -1)
+            cv2.circle(canvas, (x, y), thickness, color, -1)
     return canvas
 
 
@@ -287,7 +277,7 @@ def _paint(canvas: Floats, thing: _Object, light: float, rng: Generator) -> None
 
 
 def _photograph(image: Floats, rng: Generator) -> Bytes:
-    """Add uneven light, a colour cast, contrast and sensor noise: (H, W, 3) float32 to uint8."""
+    """Add uneven light, a color cast, contrast and sensor noise: (H, W, 3) float32 to uint8."""
     y, x = np.mgrid[-1 : 1 : image.shape[0] * 1j, -1 : 1 : image.shape[1] * 1j]
     angle = rng.uniform(0, 2 * np.pi)
     light = 1 + rng.uniform(0, 0.3) * (np.cos(angle) * x + np.sin(angle) * y)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from data import demo
-from data.demo import CLASSES, IGNORE_LABEL, MANIFEST, draw_example, make_demo_dataset, voc_palette
+from data.demo import CLASSES, IGNORE_LABEL, MANIFEST, draw_example, make_demo_dataset
+from utils.visualize import voc_palette
 
 SIZE = (40, 56)
 
@@ -61,7 +62,7 @@ def test_labels_are_palette_images_with_known_ids_and_thin_borders(root: Path) -
     for path in (root / "SegmentationClassAug").iterdir():
         image = Image.open(path)
         assert image.mode == "P"
-        assert image.getpalette() == voc_palette().flatten().tolist()
+        assert image.getpalette() == [value for color in voc_palette() for value in color]
         label = np.asarray(image)
         assert set(np.unique(label)) <= {*range(len(CLASSES)), IGNORE_LABEL}
         assert 0 < (label == IGNORE_LABEL).mean() < 0.25
@@ -75,7 +76,7 @@ def test_every_class_occurs_in_the_labeled_images(root: Path) -> None:
         make(root, labeled=5)
 
 
-def test_class_file_names_every_class_with_its_colour(root: Path) -> None:
+def test_class_file_names_every_class_with_its_color(root: Path) -> None:
     classes = json.loads((root / "classes.json").read_text())
     assert classes["names"] == list(CLASSES)
     # As published for VOC.
