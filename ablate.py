@@ -1,4 +1,4 @@
-"""Train a grid of settings over several seeds and make one table: python3 ablate.py --config CONFIG --grid KEY=A,B --seeds 0 1 2."""
+"""A grid of settings over several seeds, as one table: python3 ablate.py --config CONFIG --name NAME --grid KEY=A,B."""
 
 import argparse
 import itertools
@@ -43,7 +43,8 @@ def main() -> int:
         load_config(args.config, overrides=[*args.set, *job.cell, f"seed={job.seed}"])
     waiting = [job for job in jobs if job.result(config) is None]
     print(
-        f"{len(jobs)} runs of {config.training.num_iterations} steps, {len(jobs) - len(waiting)} already done; logs in {study}"
+        f"{len(jobs)} runs of {config.training.num_iterations} steps, {len(jobs) - len(waiting)} already done; "
+        f"logs in {study}"
     )
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = [
@@ -61,7 +62,7 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train every cell of a grid with every seed, or go on where it was interrupted, and make one table.",
+        description="Train every cell of a grid with every seed, go on after interruptions, and make one table.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -1,4 +1,4 @@
-"""Train DeepLabv2 with Cross Teacher Training: python3 cross_teacher_contr.py --config CONFIG.json --name NAME."""
+"""Train DeepLabv2 with Cross Teacher Training: python3 cross_teacher_contr.py --config CONFIG --name NAME."""
 
 from pathlib import Path
 

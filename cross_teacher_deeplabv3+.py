@@ -1,4 +1,4 @@
-"""Train DeepLabv3+ with Cross Teacher Training: python3 'cross_teacher_deeplabv3+.py' --config CONFIG.json --name NAME."""
+"""Train DeepLabv3+ with Cross Teacher Training: python3 'cross_teacher_deeplabv3+.py' --config CONFIG --name NAME."""
 
 from pathlib import Path
 

@@ -53,16 +53,15 @@ class DatasetFiles:
         missing = [path for path in paths if not path.is_file()]
         if missing:
             shown = ", ".join(str(path) for path in missing[:3])
-            raise UserError(
-                f"{len(missing)} of {len(paths)} files of the {split} list are missing: {shown}{' ...' * (len(missing) > 3)}"
-            )
+            more = " ..." if len(missing) > 3 else ""
+            raise UserError(f"{len(missing)} of {len(paths)} files of the {split} list are missing: {shown}{more}")
 
     def read_pair(self, identifier: str) -> tuple[np.ndarray, np.ndarray]:
         """(H,W,3) uint8 RGB image and (H,W) uint8 label map of classes and ``ignore_label``, of one size."""
         return read_image(self.image_path(identifier)), self.read_classes(identifier)
 
     def read_classes(self, identifier: str) -> np.ndarray:
-        """(H,W) uint8 classes and ``ignore_label``. Raises UserError for another size than the image's, or other ids."""
+        """(H,W) uint8 classes and ``ignore_label``. UserError: not the image's size, or other ids."""
         path, size = self.label_path(identifier), image_size(self.image_path(identifier))
         label = read_label(path)
         if label.shape != size:
@@ -136,7 +135,8 @@ class DatasetFiles:
         both = set(labeled) & set(unlabeled)
         if both:
             raise UserError(
-                f"{len(both)} ids are in the labeled and the unlabeled list, for example {sorted(both)[0]}; remove them from one"
+                f"{len(both)} ids are in the labeled and the unlabeled list, for example {sorted(both)[0]}; "
+                "remove them from one"
             )
         if not unlabeled and self.config.training.unlabeled.train_unlabeled:
             raise UserError(

@@ -1,7 +1,7 @@
 """Streams of training crops and of whole evaluation images.
 
-Which image and which crop come at a step depends on (seed, stream, step, place in the batch) alone, not on the number of
-loading processes or on where a run was resumed.
+Which image and which crop come at a step depends on (seed, stream, step, place in the batch) alone, not on the number
+of loading processes or on where a run was resumed.
 """
 
 import signal
@@ -163,7 +163,7 @@ def preview_batch(files: DatasetFiles, count: int = 3) -> Batch:
 
 
 class _Collate(Generic[Item]):
-    """The first UserError among the samples, else what ``join`` makes of them. A class, so that workers can be spawned."""
+    """The first UserError among the samples, else what ``join`` makes of them. A class, so that it can be pickled."""
 
     def __init__(self, join: Callable[[list[Any]], Item]) -> None:
         self.join = join

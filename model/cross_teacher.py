@@ -77,7 +77,7 @@ class CrossTeacher(nn.Module):
     # ------------------------------------------------------------------------------------------------ one step
 
     def training_step(self, labeled: Batch, unlabeled: Batch | None, *, step: int) -> Losses:
-        """One step of the paper -> the losses of ``active_terms(step)`` for both peers, to be summed by ``total_loss``."""
+        """One step of the paper -> the losses of ``active_terms(step)`` for both peers, summed by ``total_loss``."""
         terms = self.active_terms(step)
         losses: Losses = {}
         seen = [student(student.normalization(labeled.images)) for student in self.students]
@@ -137,7 +137,7 @@ class CrossTeacher(nn.Module):
         return self.unlabeled.train_unlabeled and weights > 0
 
     def contrast_has_started(self, step: int) -> bool:
-        """At ``contrast_start``; else when every class seen is full in both banks, not before one pass over the images."""
+        """At ``contrast_start``; else when both banks are full for every class seen, after one pass over the images."""
         if self.contrastive.contrast_start is not None:
             return step >= self.contrastive.contrast_start
         if not self._banks_are_ready and step * self.config.training.batch_size >= self.labeled_samples:
@@ -145,7 +145,7 @@ class CrossTeacher(nn.Module):
         return self._banks_are_ready
 
     def predict_target(self, own: int, peer: int, images: Tensor) -> Tensor:
-        """(B,C,H,W) probabilities from whom student ``own`` learns: the cross in cross teacher, or one of its ablations."""
+        """(B,C,H,W) probabilities that student ``own`` learns from: the cross in cross teacher, or an ablation."""
         networks = {
             "cross": self.teachers[peer].network,
             "self": self.teachers[own].network,
@@ -154,7 +154,7 @@ class CrossTeacher(nn.Module):
         return predict_probabilities(networks[self.unlabeled.teacher], images, norm=self.unlabeled.teacher_norm)
 
     def strong_view(self, own: int, unlabeled: Batch, targets: Sequence[Tensor], *, step: int) -> StrongView:
-        """Mix, flip, jitter and blur the unlabeled batch for student ``own``; targets: the (B,C,H,W) of both students."""
+        """Mix, flip, jitter and blur the unlabeled batch for student ``own``; targets: (B,C,H,W) of both students."""
         options = self.unlabeled
         drawn_for = 0 if options.strong_view == "shared" else own  # the same key draws the same view
         generator = torch.Generator().manual_seed(keyed_seed(self.config.seed, "strong view", drawn_for, step))
@@ -203,7 +203,7 @@ class CrossTeacher(nn.Module):
     def low_level(
         self, view: StrongView, peer_view: StrongView, mixed: NetworkOutput, peer_mixed: NetworkOutput
     ) -> Tensor:
-        """L_lc: a student's unreliable features follow the peer student's of the same pixel, where the peer is surer."""
+        """L_lc: a student's unreliable features follow the surer peer student's features of the same pixel."""
         options = self.contrastive
         confidence, _ = mixed.logits.detach().float().softmax(dim=1).max(dim=1)  # (B,h,w)
         peer_confidence, peer_class = peer_mixed.logits.detach().float().softmax(dim=1).max(dim=1)

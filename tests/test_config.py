@@ -127,6 +127,15 @@ def test_the_script_decides_the_network_and_says_so():
         assert for_network(config, "DeepLabv3+").model == "DeepLabv3+"
 
 
+@pytest.mark.parametrize("key", ["warmup_iters", "use_sync_batchnorm"])
+def test_a_key_without_effect_is_accepted_with_one_warning(tmp_path: Path, key: str):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(tiny_values(**{f"training__{key}": 1 if key == "warmup_iters" else True})))
+    with pytest.warns(UserWarning, match=f"training.{key} has no effect") as seen:
+        load_config(path)
+    assert len(seen) == 1
+
+
 def test_cityscapes_maps_the_nineteen_ids_of_its_label_files():
     block = DATASETS["cityscapes"]
     assert block.label_ids is not None

@@ -149,13 +149,13 @@ def test_cityscapes_is_read_in_its_own_layout_with_ids_mapped_and_files_sorted(t
     rng = np.random.default_rng(0)
     for city, split in (("zurich", "train"), ("aachen", "train"), ("bonn", "val")):
         name = f"{city}_000000_000019"
-        for kind, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+        for kind in ("leftImg8bit", "gtFine"):
             (tmp_path / kind / split / city).mkdir(parents=True)
         Image.fromarray(rng.integers(0, 256, (32, 64, 3), dtype=np.uint8)).save(
             tmp_path / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png"
         )
         label = np.array([[7, 33, 0, 5]], dtype=np.uint8).repeat(32, axis=0).repeat(16, axis=1)
-        Image.fromarray(label).save(tmp_path / f"gtFine/{split}/{city}/{name}_{suffix}.png")
+        Image.fromarray(label).save(tmp_path / f"gtFine/{split}/{city}/{name}_gtFine_labelIds.png")
     values = tiny_values(dataset="cityscapes", data_root=str(tmp_path), ignore_label=250)
     values["training"]["data"]["labeled_samples"] = 1
     files = DatasetFiles(check_config(values, source="test"))

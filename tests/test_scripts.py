@@ -143,7 +143,8 @@ def test_a_run_on_a_json_block_with_other_folders_file_types_and_palette(tmp_pat
         Image.fromarray(np.where(label == 255, 0, label * 10 + 5).astype(np.uint8)).save(root / f"masks/{name}.png")
     (root / "all.txt").write_text("\n".join(ids))
     block = {
-        "name": "mine", "root": str(root), "images": "photos/{id}_rgb.png", "labels": "masks/{id}.png", "train": "*", "val": "all.txt",
+        "name": "mine", "root": str(root), "images": "photos/{id}_rgb.png", "labels": "masks/{id}.png",
+        "train": "*", "val": "all.txt",
         "label_ids": [5, 15, 25, 35, 45, 55, 65], "num_classes": 7, "palette": [[index, 2, 3] for index in range(7)],
     }  # fmt: skip
     config = write_config(tmp_path, demo, dataset=block, training__data={"input_size": "40,40", "labeled_samples": 4})

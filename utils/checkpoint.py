@@ -36,7 +36,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises CheckpointError when it is missing, damaged, unsafe or of another format."""
+    """Read a checkpoint onto the CPU. CheckpointError: it is missing, damaged, unsafe or of another format."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:

@@ -387,7 +387,12 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
     values = _parse_json(text, str(path))
     for override in overrides:
         _apply_override(values, override)
-    return check_config(values, source=str(path))
+    config = check_config(values, source=str(path))
+    if config.training.warmup_iters is not None:
+        warnings.warn(f"{path}: training.warmup_iters has no effect, as in the release", stacklevel=2)
+    if config.training.use_sync_batchnorm:
+        warnings.warn(f"{path}: training.use_sync_batchnorm has no effect with one process", stacklevel=2)
+    return config
 
 
 def check_config(values: dict[str, Any], *, source: str) -> Config:

@@ -93,9 +93,9 @@ def evaluate(
 ) -> Evaluation:
     """Compare every model, and the ensemble of those named student_*, with the labels.
 
-    Logits are upsampled to the label's size. pad: (height, width) that images are padded to at the right and the bottom,
-    with what the network's normalization maps to 0; the prediction is cut back. on_prediction: is given each id with the
-    ensemble's (h,w) uint8 prediction. The models' training mode is left as it was.
+    Logits are upsampled to the label's size. pad: (height, width) that normalized images are padded to with 0, at the
+    right and the bottom; the prediction is cut back. on_prediction: is given each id with the ensemble's (h,w) uint8
+    prediction. The models' training mode is left as it was.
     """
     confusion = {name: ConfusionMatrix(len(class_names)) for name in (*models, ENSEMBLE)}
     modes = {name: model.training for name, model in models.items()}

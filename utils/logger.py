@@ -12,7 +12,7 @@ from utils.evaluate import Evaluation
 
 
 class RunLogger:
-    """Logs of one run. ``first_step``: how many steps are done; what an earlier, longer try logged beyond is removed."""
+    """Logs of one run. ``first_step``: how many steps are done; what was logged of later ones is removed."""
 
     def __init__(self, folder: Path, *, first_step: int, total_steps: int, tensorboard: bool) -> None:
         self.path = folder / "log.jsonl"

@@ -1,7 +1,7 @@
 """Random numbers named by what they are for.
 
-Every draw of a run comes from a generator keyed by (seed, purpose, step, ...): a resumed run, or one with another number
-of loading processes, draws the same numbers, and no generator's state has to be stored in a checkpoint.
+Every draw of a run comes from a generator keyed by (seed, purpose, step, ...): a resumed run, or one with another
+number of loading processes, draws the same numbers, and no generator's state has to be stored in a checkpoint.
 """
 
 import hashlib

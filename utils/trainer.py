@@ -75,9 +75,8 @@ class Trainer:
                     if self._is_due("save_checkpoint_every") or self.run.stop_signal:
                         self.save(self.run.folder / "checkpoint.pth")
                     if self.run.stop_signal:
-                        logger.message(
-                            f"stopped by signal {self.run.stop_signal} after step {self.step}; continue with --resume auto"
-                        )
+                        how = "continue with --resume auto"
+                        logger.message(f"stopped by signal {self.run.stop_signal} after step {self.step}; {how}")
                         return None
             if evaluation is None:  # resumed a finished run
                 evaluation = self._validate(logger)
@@ -125,7 +124,8 @@ class Trainer:
         logger.scalars(self.step, evaluation.scalars())
         score = evaluation.mean_iou()
         logger.message(
-            f"step {self.step}: validation mIoU of the ensemble {100 * score:.2f} %, best so far {100 * max(score, self.best['mean_iou']):.2f} %"
+            f"step {self.step}: validation mIoU of the ensemble {100 * score:.2f} %, "
+            f"best so far {100 * max(score, self.best['mean_iou']):.2f} %"
         )
         if score > self.best["mean_iou"]:
             self.best = {"mean_iou": score, "step": self.step}
@@ -178,7 +178,8 @@ class Trainer:
         )
         ids = labeled.ids + (unlabeled.ids if unlabeled else [])
         return (
-            f"{bad or 'the total loss is not finite'} at step {self.step}; weights not updated; images {', '.join(ids)}; "
+            f"{bad or 'the total loss is not finite'} at step {self.step}; weights not updated; "
+            f"images {', '.join(ids)}; "
             f"last checkpoint: {self.run.folder / 'checkpoint.pth'}. A smaller training.learning_rate is the usual cure"
         )
 
