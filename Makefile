@@ -21,7 +21,7 @@ help:               ## this list
 demo: .venv/runtime ## make the demo dataset, train on it, evaluate: a few minutes on two CPU cores
 	$(BIN)/python prepare_data.py demo datasets/demo
 	$(BIN)/python cross_teacher_contr.py --config configs/configDemo.json --name demo
-	$(BIN)/python evaluateSSL.py --model-path "$$(ls -td runs/*-demo*/ | grep -E -e '-demo(-[0-9]+)?/$$' | head -n 1)"
+	$(BIN)/python evaluateSSL.py --model-path "$$(ls -td runs/*-demo*/ | grep -E -e '-demo(~[0-9]+)?/$$' | head -n 1)checkpoint.pth"
 
 test: .venv/development ## the whole test suite
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
@@ -38,15 +38,15 @@ types: .venv/development ## mypy
 
 check: lint types test ## what CI runs
 
-schema: .venv/runtime ## write configs/config.schema.json and the README's table of keys
+schema: .venv/runtime ## write configs/config.schema.json and print the README's table of keys
 	$(BIN)/python -m utils.config
 
 # Longer than the demo: 1200 steps a run. --jobs 2: two runs side by side, one core each.
 compare: .venv/runtime ## the README's comparison on the demo dataset: 3 seeds, with and without unlabeled images
 	$(BIN)/python prepare_data.py demo datasets/demo
 	$(BIN)/python ablate.py --config configs/configDemo.json --name compare --seeds 0 1 2 --jobs 2 \
-	  --set training.num_iterations=1200 --set training.unlabeled.start_iteration=300 \
-	  --set training.contrastive.contrast_start=600 --set utils.val_per_iter=300 \
+	  --set training.num_iterations=1200 --set training.unlabeled.start_iteration=250 \
+	  --set training.contrastive.contrast_start=600 --set utils.val_per_iter=200 \
 	  --grid training.unlabeled.train_unlabeled=false,true
 
 clean:              ## remove the environment and the demo dataset, not the runs

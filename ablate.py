@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config import Config, load_config
+from utils.config import Config, different_keys, dump_config, load_config
 from utils.errors import UserError, run_script
 
 SCRIPTS = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "cross_teacher_deeplabv3+.py"}
@@ -25,34 +26,38 @@ class Job:
     cell: tuple[str, ...]
     seed: int
     folder: Path
+    config: Config
     command: tuple[str, ...]
 
-    def result(self, config: Config) -> dict | None:
-        """The result of the finished run, or None."""
-        found = sorted(self.folder.glob("*/result.json"))
-        result = json.loads(found[-1].read_text()) if found else None
-        return result if result and result["step"] == config.training.num_iterations else None
+    def result(self) -> dict | None:
+        """The result of the finished run of just this configuration, or None."""
+        for path in sorted(self.folder.glob("*/result.json"), reverse=True):
+            result, trained = (json.loads((path.parent / name).read_text()) for name in ("result.json", "config.json"))
+            same = not different_keys(trained, dump_config(self.config))
+            if same and result["step"] == self.config.training.num_iterations:
+                return result
+        return None
 
 
 def main() -> int:
     args = parse_args()
-    config = load_config(args.config, overrides=args.set)
-    study = Path(config.utils.checkpoint_dir) / args.name
-    jobs = [plan(args, config, cell, seed, study) for seed in args.seeds for cell in cells(args.grid)]
-    for job in jobs:  # a value that no run could use is refused before the first one starts
-        load_config(args.config, overrides=[*args.set, *job.cell, f"seed={job.seed}"])
-    waiting = [job for job in jobs if job.result(config) is None]
-    print(
-        f"{len(jobs)} runs of {config.training.num_iterations} steps, {len(jobs) - len(waiting)} already done; "
-        f"logs in {study}"
-    )
+    if args.jobs < 1 or not re.fullmatch(r"\w[\w.+-]*", args.name):
+        raise UserError("--jobs must be at least 1, and --name made of letters, digits and . _ + -")
+    study = Path(load_config(args.config, overrides=args.set).utils.checkpoint_dir) / args.name
+    # Every configuration is checked here, before the first run starts.
+    jobs = [plan(args, cell, seed, study) for seed in args.seeds for cell in cells(args.grid)]
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise UserError("two runs of this grid would share a folder; name each value and each seed once")
+    study.mkdir(parents=True, exist_ok=True)
+    waiting = [job for job in jobs if job.result() is None]
+    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} already done; logs in {study}")
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = [
             job
             for job, status in zip(waiting, pool.map(lambda job: execute(job, args.jobs), waiting), strict=True)
             if status
         ]
-    table = report(jobs, config, " ".join(sys.argv))
+    table = report(jobs, " ".join(sys.argv))
     (study / "report.md").write_text(table, encoding="utf-8")
     print(f"\n{table}\nwritten to {study / 'report.md'}")
     for job in failed:
@@ -92,23 +97,14 @@ def cells(grid: list[str]) -> list[tuple[str, ...]]:
     return list(itertools.product(*axes))
 
 
-def plan(args: argparse.Namespace, config: Config, cell: tuple[str, ...], seed: int, study: Path) -> Job:
-    name = "-".join(setting.rpartition(".")[2].replace("=", "_") for setting in cell) or "default"
-    folder = study / f"{name}-seed_{seed}"
+def plan(args: argparse.Namespace, cell: tuple[str, ...], seed: int, study: Path) -> Job:
+    parts = [f"{key.rpartition('.')[2]}={value}" for key, _, value in (setting.partition("=") for setting in cell)]
+    folder = study / re.sub(r"[^\w.=+-]", "_", "-".join([*parts, f"seed={seed}"]))
     settings = [*args.set, *cell, f"seed={seed}", f"utils.checkpoint_dir={json.dumps(str(folder))}"]
-    command = [
-        sys.executable,
-        str(PROJECT / SCRIPTS[config.model]),
-        "--config",
-        str(args.config),
-        "--name",
-        "run",
-        "--resume",
-        "auto",
-    ]
-    return Job(
-        cell, seed, folder, (*command, *itertools.chain.from_iterable(("--set", setting) for setting in settings))
-    )
+    config = load_config(args.config, overrides=settings)
+    command = [sys.executable, str(PROJECT / SCRIPTS[config.model]), "--config", str(args.config)]
+    command += ["--name", "run", "--resume", "auto", *(f"--set={setting}" for setting in settings)]
+    return Job(cell, seed, folder, config, tuple(command))
 
 
 def execute(job: Job, jobs: int) -> int:
@@ -124,10 +120,10 @@ def execute(job: Job, jobs: int) -> int:
     return status
 
 
-def report(jobs: list[Job], config: Config, command: str) -> str:
+def report(jobs: list[Job], command: str) -> str:
     """A Markdown table: a row a cell, mean and spread over its seeds. Refuses results that cannot be compared."""
-    results = {job: result for job in jobs if (result := job.result(config)) is not None}
-    for key in ("protocol", "split hash", "labeled hash"):
+    results = {job: result for job in jobs if (result := job.result()) is not None}
+    for key in ("protocol", "split hash", "labeled hash", "commit"):
         values = {result[key] for result in results.values()}
         if len(values) > 1:
             raise UserError(f"these runs cannot share a table: {key} is {' and '.join(map(str, sorted(values)))}")

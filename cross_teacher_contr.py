@@ -24,6 +24,9 @@ def main() -> int:
 
     files = DatasetFiles(config)
     files.check_for_training()
+    facts = files.about_labeled()
+    if args.save_images:
+        args.save_images.mkdir(parents=True, exist_ok=True)
     students = build_students(config)
     run = start_run(config, name=args.name, resume=args.resume, device=args.device)
     method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled"))).to(run.device)
@@ -36,7 +39,9 @@ def main() -> int:
             class_names=files.block.class_names,
             device=run.device,
             pad=config.release_pad(protocol),
-            about=files.about("val") | {"protocol": protocol, "step": step, "seed": config.seed, "commit": commit},
+            about=files.about("val")
+            | facts
+            | {"protocol": protocol, "step": step, "seed": config.seed, "commit": commit},
         )
 
     def picture(path: Path, step: int) -> None:
@@ -59,12 +64,13 @@ def main() -> int:
         config=config,
         evaluate=validate,
         picture=picture,
+        facts=facts,
         images_folder=args.save_images,
     )
     evaluation = trainer.fit()
     if evaluation is None:
         return 128 + (run.stop_signal or 0)
-    print_result(evaluation, run.folder)
+    print_result(evaluation, run.folder / "checkpoint.pth", protocol=protocol)
     return 0
 
 

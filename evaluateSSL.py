@@ -17,6 +17,7 @@ def main() -> int:
     from model import CrossTeacher, build_networks
     from utils.checkpoint import load_checkpoint, resolve_checkpoint
     from utils.evaluate import evaluate
+    from utils.logger import print_result
     from utils.run import choose_device, code_version
     from utils.visualize import write_label
 
@@ -28,31 +29,32 @@ def main() -> int:
         raise UserError(
             f'--protocol release: dataset {config.data.name} defines none (dataset.release_protocol); use "original"'
         )
-    device = choose_device("auto" if args.gpu is None else f"cuda:{args.gpu}")
+    device = choose_device("auto" if args.gpu is None else "cpu" if args.gpu < 0 else f"cuda:{args.gpu}")
     files = DatasetFiles(config)
     files.check_files(args.split, labels=True)
     method = CrossTeacher(build_networks(config), config, labeled_samples=1)
     method.load_state_dict(state["method"])
     output = args.output or path.parent / f"evaluation-{args.split}-{args.protocol}"
+    output.mkdir(parents=True, exist_ok=True)
 
     def save(identifier: str, prediction: Tensor) -> None:
         write_label(output / "images" / f"{identifier}.png", prediction.numpy(), config.data.palette)
 
     loader = evaluation_loader(files, args.split, protocol=args.protocol)
-    about = {"checkpoint": str(path), "protocol": args.protocol, "step": state["step"], "seed": config.seed}
+    about = {"protocol": args.protocol, "step": state["step"], "seed": config.seed, "commit": code_version()}
     evaluation = evaluate(
         method.to(device).models(),
         tqdm(loader, unit="batch"),
         class_names=config.data.class_names,
         device=device,
         pad=config.release_pad(args.protocol),
-        about=files.about(args.split) | about | {"commit": code_version()},
+        about=files.about(args.split) | state["facts"] | about | {"checkpoint": str(path)},
         on_prediction=save if args.save_output_images else None,
     )
-    output.mkdir(parents=True, exist_ok=True)
     (output / "result.json").write_text(json.dumps(evaluation.as_dict(), indent=1) + "\n", encoding="utf-8")
     (output / "result.txt").write_text(evaluation.as_text(), encoding="utf-8")
-    print(f"\n{evaluation.as_text()}\nresults in {output}")
+    print_result(evaluation, path, protocol=args.protocol)
+    print(f"results             {output}")
     return 0
 
 

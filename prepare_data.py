@@ -14,8 +14,14 @@ def main() -> int:
     demo = commands.add_parser(
         "demo", help="generate the demo dataset", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    demo.add_argument("root", type=Path, help="folder to make; nothing happens if it is there already")
-    demo.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    demo.add_argument(
+        "root",
+        type=Path,
+        help="folder to make; left as it is if it holds this dataset, made again if it is another or damaged one",
+    )
+    demo.add_argument(
+        "--seed", type=int, choices=range(1000), default=0, metavar="0..999", help="of everything that is drawn"
+    )
     args = parser.parse_args()
 
     from data.demo import make_demo_dataset

@@ -15,7 +15,6 @@ from utils.errors import UserError
 from utils.randomness import keyed_seed
 
 PROJECT = Path(__file__).resolve().parent.parent
-SPLITS = ("labeled", "unlabeled", "val", "test")
 
 
 class DatasetFiles:
@@ -39,8 +38,10 @@ class DatasetFiles:
 
     def ids(self, split: str) -> list[str]:
         """The ids of "labeled", "unlabeled", "val" or "test", in the order of their list."""
-        if split in ("labeled", "unlabeled"):
-            return self._training_split[split]
+        if split == "labeled":
+            return self._labeled
+        if split == "unlabeled":
+            return self._unlabeled
         source: str | None = getattr(self.block, split)
         if source is None:
             raise UserError(f"dataset {self.block.name} names no {split} list; add dataset.{split} to the config")
@@ -83,23 +84,21 @@ class DatasetFiles:
         return label
 
     def check_for_training(self) -> None:
-        """All files that a run will read are there, and the label maps of the labeled images hold classes."""
-        self.check_files("labeled", labels=True)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(self.read_classes, self.ids("labeled")))
+        """All files that a run will read are there, and the label maps hold classes."""
         if self.config.training.unlabeled.train_unlabeled:
             self.check_files("unlabeled", labels=False)  # unlabeled images need no label file
-        self.check_files("val", labels=True)
+        for split in ("labeled", "val"):
+            self.check_files(split, labels=True)
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(self.read_classes, self.ids(split)))
 
     def about(self, split: str) -> dict[str, str | int]:
-        """Which images a result is about, and which were labeled."""
-        return {
-            "dataset": self.block.name,
-            "split": split,
-            "split hash": self.split_hash(split),
-            "labeled": len(self.ids("labeled")),
-            "labeled hash": self.split_hash("labeled"),
-        }
+        """Which images a result is about."""
+        return {"dataset": self.block.name, "split": split, "split hash": self.split_hash(split)}
+
+    def about_labeled(self) -> dict[str, str | int]:
+        """Which images were labeled: part of every checkpoint, because it belongs to the model."""
+        return {"labeled": len(self.ids("labeled")), "labeled hash": self.split_hash("labeled")}
 
     def split_hash(self, split: str = "labeled") -> str:
         """Twelve hex digits that name which images a split holds, whatever their order."""
@@ -115,41 +114,48 @@ class DatasetFiles:
         return table
 
     @cached_property
-    def _training_split(self) -> dict[str, list[str]]:
+    def _labeled(self) -> list[str]:
         wanted = self.config.training.data.labeled_samples
-        if self.block.labeled is not None:
-            labeled = self._read_ids(self.block.labeled)
-            where = f"{self.root / self.block.labeled} has {len(labeled)} ids"
-            if wanted is not None and wanted != len(labeled):
-                raise UserError(f"training.data.labeled_samples is {wanted}, but {where}; make them agree")
-            source = self.block.unlabeled
-            unlabeled = self._read_ids(source) if source else [i for i in self._train_ids if i not in set(labeled)]
-        else:
-            order = self._train_order()
-            count = len(order) if wanted is None else wanted
-            if count > len(order):
+        if self.block.labeled is None:
+            order = self._train_order
+            if wanted is not None and wanted > len(order):
                 raise UserError(
-                    f"training.data.labeled_samples is {count}, but the training list has {len(order)} images"
+                    f"training.data.labeled_samples is {wanted}, but the training list has {len(order)} images"
                 )
-            labeled, unlabeled = order[:count], order[count:]
-        both = set(labeled) & set(unlabeled)
+            return order[:wanted]
+        labeled = self._read_ids(self.block.labeled)
+        if wanted not in (None, len(labeled)):
+            where = f"{self.root / self.block.labeled} has {len(labeled)} ids"
+            raise UserError(f"training.data.labeled_samples is {wanted}, but {where}; make them agree")
+        return labeled
+
+    @cached_property
+    def _unlabeled(self) -> list[str]:
+        labeled = set(self._labeled)
+        if self.block.labeled is not None and self.block.unlabeled is not None:
+            unlabeled = self._read_ids(self.block.unlabeled)
+        else:
+            unlabeled = [i for i in (self._train_ids if self.block.labeled else self._train_order) if i not in labeled]
+        both = sorted(labeled.intersection(unlabeled))
         if both:
             raise UserError(
-                f"{len(both)} ids are in the labeled and the unlabeled list, for example {sorted(both)[0]}; "
+                f"{len(both)} ids are in the labeled and the unlabeled list, for example {both[0]}; "
                 "remove them from one"
             )
-        if not unlabeled and self.config.training.unlabeled.train_unlabeled:
+        if not unlabeled:
             raise UserError(
                 f"all {len(labeled)} training images are labeled, none is left for the unlabeled terms; lower "
                 "training.data.labeled_samples, or set training.unlabeled.train_unlabeled to false"
             )
-        return {"labeled": labeled, "unlabeled": unlabeled}
+        return unlabeled
 
     @cached_property
     def _train_ids(self) -> list[str]:
-        assert self.block.train is not None  # the configuration's own check
+        if self.block.train is None:
+            raise UserError(f"dataset {self.block.name} names no list of unlabeled images; add dataset.unlabeled")
         return self._read_ids(self.block.train)
 
+    @cached_property
     def _train_order(self) -> list[str]:
         """The training ids in the order from which the first ``labeled_samples`` are labeled."""
         index = self.config.training.data.split_id_list

@@ -48,6 +48,6 @@ def _open(path: Path) -> Image.Image:
 
 def _decode(image: Image.Image, path: Path, mode: str) -> Image.Image:
     try:
-        return image if image.mode == mode and not image.load() else image.convert(mode)
+        return image.convert(mode)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: damaged image data ({error}); fetch the file again") from None

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from utils.errors import UserError
 from utils.visualize import voc_palette, write_label
 
 CLASSES = ("background", "ball", "pyramid", "ring", "stripes", "checker", "dots")
@@ -52,7 +53,7 @@ def make_demo_dataset(
     *,
     seed: int = 0,
     size: tuple[int, int] = (96, 96),
-    labeled: int = 24,
+    labeled: int = 48,
     unlabeled: int = 276,
     val: int = 100,
 ) -> Path:
@@ -70,14 +71,16 @@ def make_demo_dataset(
         val: number of validation images.
     """
     if labeled < len(CLASSES) - 1:
-        raise ValueError(f"labeled is {labeled}; at least {len(CLASSES) - 1} are needed to show every class")
+        raise UserError(f"labeled is {labeled}; at least {len(CLASSES) - 1} are needed to show every class")
     counts = {"labeled": labeled, "unlabeled": unlabeled, "val": val}
     parameters = {"version": VERSION, "seed": seed, "size": list(size), **counts}
     if _is_complete(root, parameters):
         return root
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root} is a file; name a folder")
     foreign = next((p for p in root.rglob("*") if not _is_own(p, root)), None)
     if foreign:
-        raise ValueError(f"{root} holds {foreign.name}, not a file of the demo dataset; name another folder")
+        raise UserError(f"{root} holds {foreign.name}, not a file of the demo dataset; name another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
         made = Path(folder) / root.name

@@ -197,7 +197,10 @@ def _to_tensor(image: np.ndarray) -> Tensor:
 
 
 def _start_worker(_: int) -> None:
-    """The main process alone decides when a run stops; and a worker is one thread."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loader's own way to end its workers
+    """The main process alone decides when a run stops: a signal to the whole group must not take its workers away.
+
+    They leave when they are told to, or when the main process is gone. And a worker is one thread.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)

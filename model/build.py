@@ -8,6 +8,7 @@ from model.network import SegmentationNetwork
 from model.pretrained import load_pretrained
 from model.resnet import BACKBONES
 from utils.config import Config
+from utils.errors import WeightsError
 from utils.randomness import keyed_seed
 
 NETWORKS: dict[str, type[DeepLabV2] | type[DeepLabV3Plus]] = {
@@ -66,4 +67,9 @@ def build_students(config: Config) -> list[SegmentationNetwork]:
     students = build_networks(config)
     for own, student in enumerate(students):
         load_pretrained(student, config.pretrained or "none", role=f"student {own}")
+    if all(torch.equal(*pair) for pair in zip(*(student.parameters() for student in students), strict=True)):
+        raise WeightsError(
+            f"{config.pretrained}: holds a whole network, so both students would start the same and never differ; "
+            "use weights of the backbone alone"
+        )
     return students

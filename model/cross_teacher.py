@@ -56,6 +56,7 @@ class CrossTeacher(nn.Module):
     students: Sequence[SegmentationNetwork]
     teachers: Sequence[EmaTeacher]
     banks: Sequence[MemoryBank]
+    banks_were_ready: Tensor
 
     def __init__(self, networks: Sequence[SegmentationNetwork], config: Config, *, labeled_samples: int) -> None:
         super().__init__()
@@ -72,7 +73,8 @@ class CrossTeacher(nn.Module):
             "high_level": self.contrastive.high_weight,
             "low_level": self.contrastive.low_weight,
         }
-        self._banks_are_ready = False  # never turns back, so it is asked no more once true
+        # Never turns back, also when a class is first seen later; a buffer, so that a resumed run knows it too.
+        self.register_buffer("banks_were_ready", torch.tensor(False))
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -140,18 +142,15 @@ class CrossTeacher(nn.Module):
         """At ``contrast_start``; else when both banks are full for every class seen, after one pass over the images."""
         if self.contrastive.contrast_start is not None:
             return step >= self.contrastive.contrast_start
-        if not self._banks_are_ready and step * self.config.training.batch_size >= self.labeled_samples:
-            self._banks_are_ready = all(bool(bank.is_ready()) for bank in self.banks)
-        return self._banks_are_ready
+        if not self.banks_were_ready and step * self.config.training.batch_size >= self.labeled_samples:
+            self.banks_were_ready.fill_(all(bool(bank.is_ready()) for bank in self.banks))
+        return bool(self.banks_were_ready)
 
     def predict_target(self, own: int, peer: int, images: Tensor) -> Tensor:
         """(B,C,H,W) probabilities that student ``own`` learns from: the cross in cross teacher, or an ablation."""
-        networks = {
-            "cross": self.teachers[peer].network,
-            "self": self.teachers[own].network,
-            "peer": self.students[peer],
-        }
-        return predict_probabilities(networks[self.unlabeled.teacher], images, norm=self.unlabeled.teacher_norm)
+        if self.unlabeled.teacher == "peer":
+            return predict_probabilities(self.students[peer], images, norm=self.unlabeled.teacher_norm)
+        return self.teachers[peer if self.unlabeled.teacher == "cross" else own].predict(images)
 
     def strong_view(self, own: int, unlabeled: Batch, targets: Sequence[Tensor], *, step: int) -> StrongView:
         """Mix, flip, jitter and blur the unlabeled batch for student ``own``; targets: (B,C,H,W) of both students."""

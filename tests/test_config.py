@@ -2,13 +2,28 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
 
+from model.build import NETWORKS
+from model.resnet import BACKBONES
 from tests.conftest import tiny_values
-from utils.config import DATASETS, check_config, dump_config, for_network, json_schema, load_config, markdown_table
+from utils.config import (
+    DATASETS,
+    Config,
+    UnlabeledConfig,
+    check_config,
+    dump_config,
+    for_network,
+    json_schema,
+    load_config,
+    markdown_table,
+)
 from utils.errors import UserError
+from utils.losses import PIXEL_WEIGHTS
+from utils.mixing import MIX_MASKS
 
 PROJECT = Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (PROJECT / "configs").rglob("*.json") if path.name != "config.schema.json")
@@ -36,13 +51,25 @@ BAD = {
     "negative rate": ({"training__learning_rate": -1.0}, "training.learning_rate"),
     "momentum of one": ({"training__momentum": 1.0}, "less than 1"),
     "unknown mask": ({"training__unlabeled__mix_mask": "square"}, "'class', 'cut', 'cow'"),
-    "unknown dataset": ({"dataset": "imagenet"}, "'pascal_voc' or 'cityscapes'"),
+    "unknown dataset": ({"dataset": "imagenet"}, "'pascal_voc' or 'cityscapes', or a block"),
+    "dataset of no kind": ({"dataset": 3}, "'pascal_voc' or 'cityscapes', or a block"),
+    "key named as a kind of dataset": ({"block": 1}, "unknown key block; known here"),
+    "such a key further down": ({"training__preset": 1}, "unknown key training.preset; known here"),
+    "label id beyond a byte": ({"dataset__label_ids": [0, 1, 300]}, "dataset.label_ids.2 = 300"),
+    "label id twice": ({"dataset__label_ids": [0, 1, 1]}, "label_ids names an id twice"),
+    "images outside the root": ({"dataset__images": "/a/{id}.jpg"}, "must be a path below root"),
+    "padding of resized images": (
+        {"dataset__resize": "60,60", "dataset__release_protocol": {"pad": "70,70"}},
+        "release_protocol.pad is for images of their own size",
+    ),
+    "crops below what the networks take": ({"training__data__input_size": "32,64"}, "at least 33"),
+    "unknown pixel weight": ({"training__unlabeled__pixel_weight": "foo"}, "'threshold_uniform', 'threshold', "),
     "one number for a size": ({"training__data__input_size": "321"}, "training.data.input_size"),
     "range upside down": ({"training__data__scale_range": [2.0, 1.0]}, "must not be larger"),
     "no classes": ({"dataset": {"root": "x", "train": "t"}}, "give names or num_classes"),
     "names and number disagree": ({"dataset__names": ["a", "b"]}, "names has 2 entries, but there are 3 classes"),
     "no lists": ({"dataset": {"root": "x", "num_classes": 2}}, "give train, or both labeled and unlabeled"),
-    "images without id": ({"dataset__images": "a.jpg"}, "must contain {id}"),
+    "images without id": ({"dataset__images": "a.jpg"}, "one {id} in it"),
     "ignored class": ({"ignore_label": 2}, "ignore_label 2 is one of the 3 classes"),
     "protocol without size": ({"utils__val_protocol": "release"}, "needs dataset.release_protocol"),
     "contrast before its views": (
@@ -62,6 +89,7 @@ def test_a_bad_value_is_named_with_key_and_expectation(case: str):
     assert message in str(error.value)
     assert str(error.value).startswith("my.json: ")
     assert "pydantic" not in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_all_errors_are_reported_at_once():
@@ -105,6 +133,25 @@ def test_overrides_take_dotted_keys_and_json_values(tmp_path: Path):
     ):
         with pytest.raises(UserError, match=message):
             load_config(path, overrides=[override])
+
+
+def test_names_in_the_configuration_are_those_of_the_registries():
+    def values(section: type, key: str) -> set:
+        return {one for part in get_args(section.model_fields[key].annotation) for one in (get_args(part) or [part])}
+
+    assert values(UnlabeledConfig, "mix_mask") - {type(None)} == set(MIX_MASKS)
+    assert {v for v in values(UnlabeledConfig, "pixel_weight") if isinstance(v, str)} == set(PIXEL_WEIGHTS)
+    assert set(get_args(Config.model_fields["model"].annotation)) == set(NETWORKS)
+    assert set(get_args(Config.model_fields["backbone"].annotation)) == set(BACKBONES)
+
+
+def test_a_file_with_the_release_s_keys_alone_is_valid(tmp_path: Path):
+    values = json.loads((PROJECT / "configs/configVOC.json").read_text())
+    for block, new in ((values, "$schema"), (values["training"], "contrastive"), (values["utils"], "val_protocol")):
+        del block[new]
+    values["training"]["unlabeled"] |= {"mix_mask": "None", "pixel_weight": False}
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    assert load_config(tmp_path / "c.json").training.contrastive.high_weight == 0.1
 
 
 def test_a_preset_can_be_overridden_key_by_key(tmp_path: Path):

@@ -28,7 +28,7 @@ def full_banks(method: CrossTeacher) -> CrossTeacher:
 
 @pytest.fixture
 def method(tiny_config) -> CrossTeacher:
-    # Every pixel reliable for one test of anchors and unreliable for the other would hide one term: 0.5 gives both.
+    # Just above 1/3, what an untrained network gives each class, so that some pixels are reliable and some are not.
     return full_banks(
         build(tiny_config(training__contrastive__confidence=0.34, training__contrastive__contrast_start=0))
     )
@@ -110,6 +110,17 @@ def test_the_terms_start_when_they_should(tiny_config, batches):
     full_banks(method)
     assert method.active_terms(1) == ["supervised"]
     assert method.active_terms(3) == ["supervised", "cross_teacher", "high_level", "low_level"]
+
+
+def test_contrast_that_has_started_goes_on_when_a_rare_class_is_seen_later_also_in_a_resumed_run(tiny_config):
+    method = full_banks(build(tiny_config(), labeled_samples=4))
+    method.banks[0].seen[2] = False
+    assert "high_level" in method.active_terms(5)
+    method.banks[0].seen[2], method.banks[0].counts[2] = True, 0
+    resumed = build(tiny_config(), labeled_samples=4)
+    resumed.load_state_dict(method.state_dict())
+    for one in (method, resumed):
+        assert "high_level" in one.active_terms(6)
 
 
 def test_contrast_waits_for_one_pass_over_the_labeled_images(tiny_config):

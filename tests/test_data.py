@@ -19,6 +19,7 @@ from utils.errors import UserError
 from utils.visualize import voc_palette
 
 IDS = [f"picture_{index}" for index in range(8)]
+SPLITS = ("labeled", "unlabeled")
 
 
 def write(path: Path, text: str) -> None:
@@ -94,6 +95,22 @@ def test_a_list_that_cannot_be_meant_is_refused(config, root: Path, name: str, t
         DatasetFiles(config()).check_for_training()
 
 
+def test_a_baseline_needs_no_unlabeled_list_and_a_method_with_unlabeled_terms_does(config, root: Path):
+    block = {"root": "x", "num_classes": 3, "labeled": "labeled.txt"}
+    files = DatasetFiles(config(dataset=block, training__unlabeled__train_unlabeled=False))
+    files.check_for_training()
+    with pytest.raises(UserError, match="names no list of unlabeled images"):
+        files.ids("unlabeled")
+    with pytest.raises(UserError, match=r"give dataset\.unlabeled or dataset\.train"):
+        config(dataset=block)
+
+
+def test_a_bad_label_of_a_validation_image_is_found_before_training(config, root: Path):
+    Image.fromarray(np.full((50, 60), 77, dtype=np.uint8)).save(root / "SegmentationClassAug/picture_7.png")
+    with pytest.raises(UserError, match=r"picture_7\.png: label ids out of range: 77"):
+        DatasetFiles(config()).check_for_training()
+
+
 def test_a_missing_root_or_list_names_its_path(config, root: Path):
     with pytest.raises(UserError, match=r"/nowhere/at/all: no such folder.*--data-root"):
         DatasetFiles(config().model_copy(update={"data_root": "/nowhere/at/all"}))
@@ -106,12 +123,12 @@ def test_a_missing_root_or_list_names_its_path(config, root: Path):
 
 def test_a_seeded_split_is_drawn_from_the_sorted_list_and_said(config):
     with pytest.warns(UserWarning, match="seeded permutation of the sorted list"):
-        first = DatasetFiles(config(**from_train(training__data__labeled_samples=2)))._training_split
+        first = [DatasetFiles(config(**from_train(training__data__labeled_samples=2))).ids(s) for s in SPLITS]
     with pytest.warns(UserWarning, match="seeded permutation"):
-        again = DatasetFiles(config(**from_train(training__data__labeled_samples=2)))._training_split
+        again = [DatasetFiles(config(**from_train(training__data__labeled_samples=2))).ids(s) for s in SPLITS]
     assert first == again
-    assert len(first["labeled"]) == 2
-    assert sorted(first["labeled"] + first["unlabeled"]) == sorted(IDS[:6])
+    assert len(first[0]) == 2
+    assert sorted(first[0] + first[1]) == sorted(IDS[:6])
 
 
 def test_a_split_file_decides_when_it_is_there(config, root: Path):
@@ -270,7 +287,7 @@ def test_scale_covers_its_range_and_nothing_else():
 def test_switching_one_draw_off_leaves_the_others_alone():
     crops = []
     for flip in (True, False):
-        options = DataConfig(input_size="20,20", scale=False, flip=flip)
+        options = DataConfig(input_size="40,40", scale=False, flip=flip)
         crops.append(random_crop(*coded(64, 64), data=options, ignore_label=255, rng=np.random.default_rng(3))[1])
     assert np.array_equal(crops[0], crops[1]) or np.array_equal(crops[0], crops[1][:, ::-1])
 

@@ -1,9 +1,13 @@
 """The commands as a user types them: real processes, right and wrong input."""
 
+import argparse
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +109,7 @@ def test_train_resume_and_evaluate_by_command(tmp_path: Path, demo: Path, networ
         *json.loads((demo / "classes.json").read_text())["names"],
     ):
         assert shown in done.stdout
-    assert str(folder) in done.stdout
+    assert f"run folder          {folder}" in done.stdout
     assert "tensorboard --logdir" in done.stdout
     assert (done.stderr.count("this script trains") == 1) == (network == "DeepLabv3+")
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"step_000002.png", "step_000004.png"}
@@ -115,8 +119,10 @@ def test_train_resume_and_evaluate_by_command(tmp_path: Path, demo: Path, networ
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
     assert again.stdout.splitlines()[3:] == done.stdout.splitlines()[3:], "the same table"
 
-    evaluated = run("evaluateSSL.py", "-m", folder / "checkpoint.pth", "--save-output-images")
+    command = next(line for line in done.stdout.splitlines() if line.startswith("write predictions")).split()[3:]
+    evaluated = run(*command)
     assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stdout.splitlines()[3:12] == done.stdout.splitlines()[3:12], "the printed command gives the table"
     trained = json.loads((folder / "result.json").read_text())["models"]
     output = folder / "evaluation-val-original"
     assert json.loads((output / "result.json").read_text())["models"] == trained
@@ -216,6 +222,29 @@ def test_evaluation_refuses_what_it_cannot_mean(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_sigterm_to_the_whole_group_saves_and_leaves_no_worker(tmp_path: Path, demo: Path):
+    config = write_config(tmp_path, demo, training__num_iterations=1000, training__num_workers=1)
+    command = [sys.executable, SCRIPTS["DeepLab"], "--config", str(config), "--name", "long"]
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        while not list((tmp_path / "runs").glob("*/checkpoint.pth")):
+            assert process.poll() is None, process.stderr
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.stderr is not None
+        message = process.stderr.read()
+        assert process.wait(120) == 128 + signal.SIGTERM, message
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # nobody of the group is left
+    finally:
+        process.kill()
+    assert "stopped by signal 15" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.slow
 def test_a_grid_is_run_once_and_reported(tmp_path: Path, demo: Path):
     config = write_config(tmp_path, demo)
     study = (
@@ -240,9 +269,26 @@ def test_a_grid_is_run_once_and_reported(tmp_path: Path, demo: Path):
     assert len(times) == 4
     assert "4 already done" in run("ablate.py", *study).stdout
     assert times == {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("result.json")}
-    refused = run("ablate.py", *study, "--grid", "training.batch_sise=1")
-    assert refused.returncode == 2
-    assert "did you mean batch_size" in refused.stderr
+    for arguments, message in (
+        (["--grid", "training.batch_sise=1"], "did you mean batch_size"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--seeds", "0", "0"], "would share a folder"),
+    ):
+        refused = run("ablate.py", *study, *arguments)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+
+
+def test_cells_with_decimals_and_another_network_get_their_own_folder_and_script(tmp_path: Path, demo: Path):
+    config = write_config(tmp_path, demo)
+    sys.path.insert(0, str(PROJECT))
+    ablate = importlib.import_module("ablate")
+    args = argparse.Namespace(config=config, set=[])
+    cells = ablate.cells(["training.learning_rate=0.1,1.1", "model=DeepLab,DeepLabv3+"])
+    jobs = [ablate.plan(args, cell, 0, tmp_path) for cell in cells]
+    assert len({job.folder for job in jobs}) == 4
+    assert [Path(job.command[1]).name for job in jobs] == list(SCRIPTS.values()) * 2
+    assert [job.config.training.learning_rate for job in jobs] == [0.1, 0.1, 1.1, 1.1]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def training_parser(network: str) -> argparse.ArgumentParser:
         "-r",
         "--resume",
         metavar="PATH|auto",
-        help="continue from this checkpoint, in its folder; auto: from this name's newest, if any",
+        help="continue from this checkpoint (or run folder), in its folder; auto: from this name's newest, if any",
     )
     add(
         "--set",
@@ -54,7 +54,12 @@ def evaluation_parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="checkpoint, or run folder (its best_model.pth, else checkpoint.pth)",
     )
-    add("--gpu", type=int, metavar="I", help="number of the GPU; default: the first, or the CPU where there is none")
+    add(
+        "--gpu",
+        type=int,
+        metavar="I",
+        help="number of the GPU, -1: the CPU; default: the first GPU, or the CPU where there is none",
+    )
     add(
         "--protocol",
         choices=("release", "original"),
@@ -80,6 +85,6 @@ def evaluation_parser() -> argparse.ArgumentParser:
 
 def training_overrides(args: argparse.Namespace) -> list[str]:
     """The command line's share of the configuration, as ``KEY=VALUE``."""
-    if args.gpus > 1:
+    if args.gpus != 1:
         raise UserError(f"--gpus {args.gpus}: this version trains on one GPU; leave --gpus out")
     return [*args.set, *([f"data_root={json.dumps(args.data_root)}"] if args.data_root else [])]

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
@@ -22,6 +22,7 @@ Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[str, Field(pattern=r"^\s*[1-9]\d*\s*,\s*[1-9]\d*\s*$")]
+PixelWeight = Literal["threshold_uniform", "threshold", "power", "sigmoid"] | Literal[False] | None
 Color = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 
@@ -66,7 +67,7 @@ class DatasetConfig(Section):
     test: str | None = Field(None, description="ids of the test images, for `evaluateSSL.py --split test`")
     num_classes: Positive | None = Field(None, description="number of classes; or give names")
     names: list[str] | None = Field(None, description="names of the classes, in the order of their ids")
-    label_ids: list[int] | None = Field(
+    label_ids: list[Annotated[int, Field(ge=0, le=255)]] | None = Field(
         None, description="ids in the label files that are class 0, 1, ...; all others are ignored. Default: 0, 1, ..."
     )
     palette: list[Color] | None = Field(None, description="RGB color of each class; default: VOC's colors")
@@ -76,8 +77,8 @@ class DatasetConfig(Section):
     @field_validator("images", "labels")
     @classmethod
     def _has_id(cls, value: str) -> str:
-        if "{id}" not in value:
-            raise ValueError('must contain {id}, for example "images/{id}.jpg"')
+        if value.count("{id}") != 1 or value.startswith("/") or ".." in value.split("/"):
+            raise ValueError('must be a path below root with one {id} in it, for example "images/{id}.jpg"')
         return value
 
     @model_validator(mode="after")
@@ -89,8 +90,14 @@ class DatasetConfig(Section):
             given = getattr(self, key)
             if given is not None and len(given) != classes:
                 raise ValueError(f"{key} has {len(given)} entries, but there are {classes} classes")
-        if self.train is None and (self.labeled is None or self.unlabeled is None):
+        if self.train is None and self.labeled is None:
             raise ValueError("give train, or both labeled and unlabeled")
+        if len(set(self.label_ids or [])) != len(self.label_ids or []):
+            raise ValueError("label_ids names an id twice; each belongs to one class")
+        if self.resize and self.release_protocol and self.release_protocol.pad:
+            raise ValueError(
+                "release_protocol.pad is for images of their own size; leave out resize, or give resize there"
+            )
         return self
 
     @property
@@ -192,6 +199,13 @@ class DataConfig(Section):
     crop: bool = Field(True, description="crop at a random place; false: in the middle")
     flip: bool = Field(True, description="mirror left-right with probability 0.5")
 
+    @field_validator("input_size")
+    @classmethod
+    def _large_enough(cls, value: str) -> str:
+        if min(parse_size(value)) < 33:
+            raise ValueError("both sides must be at least 33 pixels, the networks reduce them by up to 16")
+        return value
+
     @field_validator("scale_range")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
@@ -207,7 +221,7 @@ class UnlabeledConfig(Section):
     start_iteration: NotNegative = Field(0, description="before it only the supervised term is trained")
     consistency_weight: Weight = Field(1.0, description="weight of the term `cross_teacher`")
     consistency_loss: Literal["CE", "MSE"] = Field("CE", description="how predictions are compared with the teacher's")
-    pixel_weight: Literal["threshold_uniform", "threshold", "power", "sigmoid"] | Literal[False] | None = Field(
+    pixel_weight: PixelWeight = Field(
         "threshold_uniform", description='weight of a pixel from the teacher\'s confidence; false: 1. For "CE"'
     )
     confidence_threshold: Probability = Field(
@@ -338,6 +352,10 @@ class Config(Section):
     def _ignore_label_is_no_class(self) -> "Config":
         if self.ignore_label < self.data.classes:
             raise ValueError(f"ignore_label {self.ignore_label} is one of the {self.data.classes} classes")
+        if self.training.unlabeled.train_unlabeled and self.data.train is None and self.data.unlabeled is None:
+            raise ValueError(
+                "give dataset.unlabeled or dataset.train, or set training.unlabeled.train_unlabeled to false"
+            )
         if self.utils.val_protocol == "release" and self.data.release_protocol is None:
             raise ValueError('utils.val_protocol "release" needs dataset.release_protocol; or use "original"')
         return self
@@ -409,6 +427,28 @@ def dump_config(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", by_alias=True, exclude={"json_schema"})
 
 
+# May differ between two runs that compute the same.
+FREE_KEYS = (
+    *("utils.checkpoint_dir", "utils.save_", "utils.val_per_iter", "utils.tensorboard", "utils.log_per_iter"),
+    *("training.num_workers", "data_root"),
+)
+
+
+def different_keys(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> both values, for the keys of two dumped configurations that change what is computed and differ."""
+    old, new = _flat(one), _flat(other)
+    keys = (key for key in sorted(old | new) if not key.startswith(FREE_KEYS))
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def _flat(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested blocks -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in block.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def _parse_json(text: str, source: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -454,7 +494,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _explain(detail: Any, source: str) -> str:
     """One line for one of pydantic's errors."""
-    parts = [str(part) for part in detail["loc"] if part not in ("preset", "block")]
+    parts = [str(part) for part in detail["loc"]]
+    if parts[:2] in (["dataset", "preset"], ["dataset", "block"]):
+        del parts[1]
+    if any(part.startswith("literal[") for part in parts):  # one alternative of several
+        parts = [part for part in parts if not part.startswith("literal[")]
     key = ".".join(parts) or "configuration"
     if detail["type"] == "extra_forbidden":
         known = _keys_of(parts[:-1])
@@ -464,8 +508,14 @@ def _explain(detail: Any, source: str) -> str:
     if detail["type"] == "missing":
         return f"{source}: {key} is missing; it has no default"
     message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "literal_error":
+    if parts == ["dataset"] and detail["type"] != "value_error":
+        message = f"expected {' or '.join(map(repr, DATASETS))}, or a block {{...}} that describes a folder"
+    elif key == "training.unlabeled.pixel_weight":
+        message = f"expected one of {', '.join(map(repr, get_args(get_args(PixelWeight)[0])))}, or false"
+    elif detail["type"] == "literal_error":
         message = f"expected {detail['ctx']['expected']}"
+    elif detail["type"] == "string_pattern_mismatch":
+        message = 'expected a size "height,width", for example "321,321"'
     given = json.dumps(detail["input"]) if not isinstance(detail["input"], dict) else None
     return f"{source}: {key}{' = ' + given if given is not None else ''}: {message}"
 

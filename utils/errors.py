@@ -4,6 +4,9 @@ A ``UserError`` says what is wrong, where, and what to do; the scripts print it 
 Everything else that is raised is a mistake of ours and keeps its traceback.
 """
 
+import errno
+import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -37,18 +40,30 @@ class WeightsError(UserError):
     exit_status = 5
 
 
+# What a disk or a wrong output path answers; other OSErrors are mistakes of ours.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EIO)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and leave with its exit status; a ``UserError`` becomes one message on stderr."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("model").setLevel(logging.INFO)
     try:
         status = main() or 0
+        sys.stdout.flush()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        print(f"error: {error}", file=sys.stderr)
         status = error.exit_status
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        status = 130
     except BrokenPipeError:  # the reader of our output left, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
-    sys.stdout.flush() if status != 141 else None
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        print(f"error: {error.filename or 'output'}: cannot be written ({error.strerror})", file=sys.stderr)
+        status = StorageError.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     sys.exit(status)

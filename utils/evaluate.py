@@ -46,12 +46,10 @@ class Evaluation:
         for name, confusion in self.confusion.items():
             iou = [float(value) for value in confusion.iou()]
             models[name] = {
-                "mean_iou": self.mean_iou(name),
-                "pixel_accuracy": float(confusion.pixel_accuracy()),
-                "mean_accuracy": float(confusion.mean_accuracy()),
-                "iou": {
-                    label: None if value != value else value for label, value in zip(self.class_names, iou, strict=True)
-                },
+                "mean_iou": _number(self.mean_iou(name)),
+                "pixel_accuracy": _number(confusion.pixel_accuracy()),
+                "mean_accuracy": _number(confusion.mean_accuracy()),
+                "iou": {label: _number(value) for label, value in zip(self.class_names, iou, strict=True)},
             }
         return {**self.about, "models": models}
 
@@ -120,6 +118,11 @@ def evaluate(
     for name, model in models.items():
         model.train(modes[name])
     return Evaluation(confusion, class_names, {**about, "images": count})
+
+
+def _number(value: float | Tensor) -> float | None:
+    """JSON knows no NaN."""
+    return None if value != value else float(value)
 
 
 def _probabilities(model: Any, images: Tensor, labels: Tensor, pad: tuple[int, int] | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class RunLogger:
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05,
             mininterval=0.1 if terminal else 15, miniters=1, file=sys.stderr,
         )  # fmt: skip
+        self._asked = (time.perf_counter(), first_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of log.jsonl, one point of each TensorBoard curve."""
@@ -43,6 +45,12 @@ class RunLogger:
 
     def advance(self) -> None:
         self.bar.update(1)
+
+    def steps_per_second(self) -> float:
+        """Since it was last asked: everything counts, loading and validation too."""
+        now, step = time.perf_counter(), self.bar.n
+        (then, before), self._asked = self._asked, (now, step)
+        return (step - before) / (now - then)
 
     def message(self, text: str) -> None:
         """A line of its own above the progress bar."""
@@ -67,14 +75,12 @@ class RunLogger:
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def print_result(evaluation: Evaluation, folder: Path) -> None:
-    """The table of a finished run and how to look at the rest of it, on standard output."""
-    checkpoint = next(
-        (path for name in ("best_model.pth", "checkpoint.pth") if (path := folder / name).is_file()), folder
-    )
+def print_result(evaluation: Evaluation, checkpoint: Path, *, protocol: str) -> None:
+    """The table of an evaluated checkpoint and how to look at its run, on standard output."""
+    again = f"python3 evaluateSSL.py --model-path {checkpoint} --protocol {protocol}"
     print(f"\n{evaluation.as_text()}")
-    print(f"run folder          {folder}")
-    print(f"picture             {folder / 'picture.png'}")
-    print(f"curves              tensorboard --logdir {folder}")
-    print(f"evaluate again      python3 evaluateSSL.py --model-path {checkpoint}")
-    print(f"write predictions   python3 evaluateSSL.py --model-path {checkpoint} --save-output-images")
+    print(f"run folder          {checkpoint.parent}")
+    print(f"picture             {checkpoint.parent / 'picture.png'}")
+    print(f"curves              tensorboard --logdir {checkpoint.parent}")
+    print(f"evaluate again      {again}")
+    print(f"write predictions   {again} --save-output-images")

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from utils.checkpoint import load_checkpoint
-from utils.config import Config, dump_config
+from utils.config import Config, different_keys, dump_config
 from utils.errors import CheckpointError, UserError
 
-# May differ between a checkpoint and the run that continues it: they do not change what is computed.
-FREE_KEYS = ("utils.", "training.num_workers", "data_root")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -36,9 +35,10 @@ class Run:
 
         def note(number: int, _: Any) -> None:
             self.stop_signal = number
-            signal.signal(number, signal.SIG_DFL)
+            for any_of_them in STOP_SIGNALS:
+                signal.signal(any_of_them, signal.SIG_DFL)
 
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -57,6 +57,7 @@ def start_run(config: Config, *, name: str, resume: str | None, device: str) -> 
         )
     where = choose_device(device)
     path = newest_checkpoint(config, name) if resume == "auto" else Path(resume) if resume else None
+    path = path / "checkpoint.pth" if path is not None and path.is_dir() else path
     if path is not None:
         checkpoint = load_checkpoint(path)
         refuse_other_config(path, json.loads(checkpoint["config"]), dump_config(config))
@@ -70,15 +71,15 @@ def choose_device(wanted: str) -> torch.device:
     """ "auto", "cpu", "cuda" or "cuda:1" -> a device that exists; UserError otherwise."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {wanted}: {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return device
+    kind, _, index = wanted.partition(":")
+    if kind == "cuda" and int(index or 0) not in range(torch.cuda.device_count()):
+        raise UserError(f"device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device(wanted)
 
 
 def newest_checkpoint(config: Config, name: str) -> Path | None:
     """The last written checkpoint.pth among this name's run folders."""
-    pattern = re.compile(rf"\d\d-\d\d_\d\d-\d\d-{re.escape(name)}(-\d+)?")
+    pattern = re.compile(rf"\d\d-\d\d_\d\d-\d\d-{re.escape(name)}(~\d+)?")  # ~: no name has it
     folders = [f for f in Path(config.utils.checkpoint_dir).glob("*") if pattern.fullmatch(f.name)]
     found = [path for folder in folders if (path := folder / "checkpoint.pth").is_file()]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
@@ -86,10 +87,9 @@ def newest_checkpoint(config: Config, name: str) -> Path | None:
 
 def refuse_other_config(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """CheckpointError with every key that changes what is computed and differs."""
-    old, new = _flat(saved), _flat(wanted)
-    different = [key for key in sorted(old | new) if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)]
+    different = different_keys(saved, wanted)
     if different:
-        rows = "".join(f"\n       {key}: {old.get(key)} there, {new.get(key)} here" for key in different)
+        rows = "".join(f"\n       {key}: {old} there, {new} here" for key, (old, new) in different.items())
         raise CheckpointError(f"{path}: cannot continue, it was trained with another configuration:{rows}")
 
 
@@ -112,7 +112,7 @@ def code_version() -> str:
 
 def _new_folder(parent: Path, name: str) -> Path:
     stem = f"{datetime.datetime.now():%m-%d_%H-%M}-{name}"
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+    for suffix in ("", *(f"~{number}" for number in range(2, 1000))):
         folder = parent / (stem + suffix)
         try:
             folder.mkdir(parents=True)
@@ -122,11 +122,3 @@ def _new_folder(parent: Path, name: str) -> Path:
         except OSError as error:
             raise UserError(f"{folder}: cannot make the run folder ({error}); set utils.checkpoint_dir") from None
     raise UserError(f"{parent}: a thousand runs named {stem}; choose another --name")
-
-
-def _flat(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested blocks -> dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in block.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -1,10 +1,9 @@
 """The loop: batches in, steps, logs, validations, checkpoints. It knows nothing of the method it trains."""
 
 import json
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +22,13 @@ from utils.schedule import poly_lr
 Losses = dict[tuple[str, int], Tensor]
 
 
-class Method(Protocol):
-    """What the loop asks of a method; an nn.Module besides."""
-
-    def training_step(self, labeled: Batch, unlabeled: Batch | None, *, step: int) -> Losses: ...
-    def total_loss(self, losses: Losses, *, step: int) -> Tensor: ...
-    def after_step(self, labeled: Batch, *, step: int) -> None: ...
-    def log_values(self) -> dict[str, float]: ...
-
-
 class Trainer:
     """Trains a method to the last step of its configuration.
 
-    loader: (stream name, first step) -> batches; streams "labeled" and "unlabeled". evaluate: (step) -> Evaluation.
-    picture: (path) -> writes one, called at the end and, with ``images_folder``, at every validation.
+    method: a module with training_step, total_loss, after_step and log_values (see model/cross_teacher.py).
+    loader: (stream name, first step) -> batches; the streams are "labeled" and "unlabeled".
+    evaluate: (step) -> Evaluation. picture: (path, step) -> writes one, called at the end and, with ``images_folder``,
+    at every validation. facts: which images are labeled; part of every checkpoint, and must be the same on resume.
     """
 
     def __init__(
@@ -49,10 +41,12 @@ class Trainer:
         config: Config,
         evaluate: Callable[[int], Evaluation],
         picture: Callable[[Path, int], None],
+        facts: Mapping[str, str | int],
         images_folder: Path | None = None,
     ) -> None:
         self.method, self.optimizer, self.loader, self.run, self.config = method, optimizer, loader, run, config
         self.evaluate, self.picture, self.images_folder = evaluate, picture, images_folder
+        self.facts = dict(facts)
         self.step, self.best = 0, {"mean_iou": -1.0, "step": -1}  # step: number of steps done
         if run.checkpoint is not None:
             self._restore(run.checkpoint)
@@ -78,8 +72,7 @@ class Trainer:
                         how = "continue with --resume auto"
                         logger.message(f"stopped by signal {self.run.stop_signal} after step {self.step}; {how}")
                         return None
-            if evaluation is None:  # resumed a finished run
-                evaluation = self._validate(logger)
+            evaluation = evaluation or self.evaluate(self.step)  # the latter when a finished run was resumed
             self._write_results(evaluation)
             return evaluation
         finally:
@@ -93,6 +86,7 @@ class Trainer:
                 "step": self.step,
                 "best": self.best,
                 "config": json.dumps(dump_config(self.config)),
+                "facts": self.facts,
                 "method": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             },
@@ -100,24 +94,22 @@ class Trainer:
 
     def _train_one(self, logger: RunLogger, labeled: Batch, unlabeled: Batch | None = None) -> None:
         """One step. Losses are checked before anything is changed by them."""
-        started, step = time.perf_counter(), self.step
+        step = self.step
         torch.manual_seed(keyed_seed(self.config.seed, "step", step))  # dropout
         self._set_learning_rate(step)
         labeled = labeled.to(self.run.device)
         unlabeled = unlabeled.to(self.run.device) if unlabeled is not None else None
         losses = self.method.training_step(labeled, unlabeled, step=step)
         total = self.method.total_loss(losses, step=step)
-        if not torch.isfinite(total):
-            raise NonFiniteError(self._non_finite(losses, labeled, unlabeled))
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
+        self._stop_if_not_finite(losses, total, labeled.ids + (unlabeled.ids if unlabeled else []))
         self.optimizer.step()
         self.method.after_step(labeled, step=step)
         self.step += 1
         logger.advance()
         if self._is_due("log_per_iter"):
-            images = len(labeled.ids) + (len(unlabeled.ids) if unlabeled else 0)
-            self._log(logger, losses, images / (time.perf_counter() - started))
+            self._log(logger, losses)
 
     def _validate(self, logger: RunLogger) -> Evaluation:
         evaluation = self.evaluate(self.step)
@@ -147,6 +139,10 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self.run.folder}: the checkpoint does not fit this model: {error}") from None
+        if state["facts"] != self.facts:
+            raise CheckpointError(
+                f"{self.run.folder}: trained with other labeled images ({state['facts']}, now {self.facts})"
+            )
         self.step, self.best = state["step"], state["best"]
 
     def _is_due(self, key: str) -> bool:
@@ -158,29 +154,30 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = poly_lr(group["base_lr"], step, training.num_iterations, power)
 
-    def _log(self, logger: RunLogger, losses: Losses, rate: float) -> None:
+    def _log(self, logger: RunLogger, losses: Losses) -> None:
         values = {f"{term}/{own}": loss.item() for (term, own), loss in losses.items()}
-        rates = {
-            f"learning_rate/{group['name']}": group["lr"]
-            for group in self.optimizer.param_groups
-            if group["name"][-1] == "0"
-        }
-        logger.scalars(self.step, values | rates | self.method.log_values() | {"images_per_second": rate})
+        groups = [group for group in self.optimizer.param_groups if group["name"] in ("backbone_0", "head_0")]
+        rates = {f"learning_rate/{group['name'][:-2]}": group["lr"] for group in groups}
+        streams = 2 if self.config.training.unlabeled.train_unlabeled else 1
+        speed = streams * self.config.training.batch_size * logger.steps_per_second()
+        logger.scalars(self.step, values | rates | self.method.log_values() | {"images_per_second": speed})
         terms = dict.fromkeys(term for term, _ in losses)
         means = (f"{term} {sum(values[f'{term}/{own}'] for own in (0, 1)) / 2:.3f}" for term in terms)
-        logger.progress(", ".join((*means, f"{rate:.1f} images/s")))
+        logger.progress(", ".join((*means, f"{speed:.1f} images/s")))
 
-    def _non_finite(self, losses: Losses, labeled: Batch, unlabeled: Batch | None) -> str:
-        bad = ", ".join(
-            f"{term} of student {own} is {loss.item()}"
-            for (term, own), loss in losses.items()
-            if not torch.isfinite(loss)
-        )
-        ids = labeled.ids + (unlabeled.ids if unlabeled else [])
-        return (
-            f"{bad or 'the total loss is not finite'} at step {self.step}; weights not updated; "
-            f"images {', '.join(ids)}; "
-            f"last checkpoint: {self.run.folder / 'checkpoint.pth'}. A smaller training.learning_rate is the usual cure"
+    def _stop_if_not_finite(self, losses: Losses, total: Tensor, ids: list[str]) -> None:
+        """NonFiniteError before any weight, teacher or bank is changed."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if torch.isfinite(total + torch.nn.utils.get_total_norm(gradients)):
+            return
+        bad = [
+            f"{term} of student {own} is {loss.item()}" for (term, own), loss in losses.items() if not loss.isfinite()
+        ]
+        what = ", ".join(bad) or "a gradient is not finite, though every loss is,"
+        last = self.run.folder / "checkpoint.pth"
+        raise NonFiniteError(
+            f"{what} at step {self.step}; weights not updated; images {', '.join(ids)}; last checkpoint: "
+            f"{last if last.is_file() else 'none yet'}. A smaller training.learning_rate is the usual cure"
         )
 
 
