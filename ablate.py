@@ -19,7 +19,7 @@ SCRIPTS = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "cross_teacher_dee
 PROJECT = Path(__file__).resolve().parent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One run: a cell of the grid (``KEY=VALUE`` settings) with a seed, in ``folder``."""
 

@@ -186,7 +186,7 @@ def bad_cases(demo: Path, folder: Path) -> dict[str, tuple[dict, list, str]]:
         "name that leaves the folder": ({}, ["--name", "../x"], "--name"),
         "checkpoint that is not there": ({}, ["--resume", "gone.pth"], "gone.pth: no such checkpoint"),
         "several GPUs": ({}, ["--gpus", "2"], "--gpus 2"),
-        "GPU without one": ({}, ["--device", "cuda"], "use --device cpu"),
+        "GPU without one": ({}, ["--device", "cuda"], "this machine has 0 CUDA devices"),
     }
 
 
