@@ -89,6 +89,7 @@ class CrossTeacher(nn.Module):
         if terms == ["supervised"] or unlabeled is None:
             return losses
 
+        # The cross in cross teacher: what student `own` is to learn comes from the teacher of its peer.
         targets = [self.predict_target(own, peer, unlabeled.images) for own, peer in PEERS]  # (B,C,H,W), no gradient
         views = [self.strong_view(own, unlabeled, targets, step=step) for own, _ in PEERS]
         mixed = [
@@ -112,8 +113,7 @@ class CrossTeacher(nn.Module):
     @torch.no_grad()
     def after_step(self, labeled: Batch, *, step: int) -> None:
         """Teachers follow their students; each teacher fills its bank from the labeled images."""
-        samples = self.labeled_samples
-        max_new = max(2 * self.contrastive.memory_size // samples, labeled.images.shape[0])
+        max_new = max(2 * self.contrastive.memory_size // self.labeled_samples, len(labeled.images))
         for student, teacher, bank in zip(self.students, self.teachers, self.banks, strict=True):
             teacher.update(student, step)
             if self.uses_banks:

@@ -12,6 +12,7 @@ from torch import Tensor
 from utils.metrics import ConfusionMatrix
 
 ENSEMBLE = "ensemble"
+PIXELS_AT_ONCE = 2**20  # the probabilities of five models at the labels' size are in memory together
 
 
 class LabeledImage(Protocol):
@@ -102,19 +103,16 @@ def evaluate(
         model.eval()
     for batch in batches:
         for images, labels, ids in _same_sizes(batch, device):
-            mean = torch.zeros(())
-            students = 0
-            for name, model in models.items():
-                probabilities = _probabilities(model, images, labels, pad)
-                confusion[name].update(probabilities.argmax(dim=1), labels)
-                if name.startswith("student"):
-                    mean, students = mean.to(device) + probabilities, students + 1
-            prediction = (mean / students).argmax(dim=1)
-            confusion[ENSEMBLE].update(prediction, labels)
+            probabilities = {name: _probabilities(model, images, labels, pad) for name, model in models.items()}
+            students = [one for name, one in probabilities.items() if name.startswith("student")]
+            probabilities[ENSEMBLE] = torch.stack(students).mean(dim=0)
+            for name, one in probabilities.items():
+                confusion[name].update(one.argmax(dim=1), labels)
+            prediction = probabilities[ENSEMBLE].argmax(dim=1)
             count += len(ids)
             if on_prediction is not None:
-                for identifier, one in zip(ids, prediction.byte().cpu(), strict=True):
-                    on_prediction(identifier, one)
+                for identifier, label_map in zip(ids, prediction.byte().cpu(), strict=True):
+                    on_prediction(identifier, label_map)
     for name, model in models.items():
         model.train(modes[name])
     return Evaluation(confusion, class_names, {**about, "images": count})
@@ -142,7 +140,10 @@ def _probabilities(model: Any, images: Tensor, labels: Tensor, pad: tuple[int, i
 
 def _same_sizes(batch: Sequence[LabeledImage], device: torch.device) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     """Neighbours of the same sizes together: images (B,3,H,W) float in [0,1], labels (B,h,w), ids."""
-    for _, group in groupby(batch, key=lambda item: (item.image.shape, item.label.shape)):
-        items = list(group)
-        images = torch.stack([item.image for item in items]).to(device).float().div_(255)
-        yield images, torch.stack([item.label for item in items]).to(device), [item.id for item in items]
+    for (_, label_size), group in groupby(batch, key=lambda item: (item.image.shape, item.label.shape)):
+        waiting = list(group)
+        at_once = max(1, PIXELS_AT_ONCE // label_size.numel())
+        while waiting:
+            items, waiting = waiting[:at_once], waiting[at_once:]
+            images = torch.stack([item.image for item in items]).to(device).float().div_(255)
+            yield images, torch.stack([item.label for item in items]).to(device), [item.id for item in items]
