@@ -32,7 +32,10 @@ class Job:
     def result(self) -> dict | None:
         """The result of the finished run of just this configuration, or None."""
         for path in sorted(self.folder.glob("*/result.json"), reverse=True):
-            result, trained = (json.loads((path.parent / name).read_text()) for name in ("result.json", "config.json"))
+            try:
+                result, trained = (json.loads((path.parent / n).read_text()) for n in ("result.json", "config.json"))
+            except (OSError, ValueError):  # cut off by a kill: not finished
+                continue
             same = not different_keys(trained, dump_config(self.config))
             if same and result["step"] == self.config.training.num_iterations:
                 return result
@@ -43,6 +46,8 @@ def main() -> int:
     args = parse_args()
     if args.jobs < 1 or not re.fullmatch(r"\w[\w.+-]*", args.name):
         raise UserError("--jobs must be at least 1, and --name made of letters, digits and . _ + -")
+    if any(setting.startswith("seed=") for setting in [*args.set, *args.grid]):
+        raise UserError("the seeds are given with --seeds, not with --set or --grid")
     study = Path(load_config(args.config, overrides=args.set).utils.checkpoint_dir) / args.name
     # Every configuration is checked here, before the first run starts.
     jobs = [plan(args, cell, seed, study) for seed in args.seeds for cell in cells(args.grid)]
@@ -50,7 +55,9 @@ def main() -> int:
         raise UserError("two runs of this grid would share a folder; name each value and each seed once")
     study.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in jobs if job.result() is None]
-    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} already done; logs in {study}")
+    steps = sorted({job.config.training.num_iterations for job in jobs})
+    length = " or ".join(map(str, steps))
+    print(f"{len(jobs)} runs of {length} steps, {len(jobs) - len(waiting)} already done; logs in {study}")
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = [
             job
@@ -68,7 +75,6 @@ def main() -> int:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train every cell of a grid with every seed, go on after interruptions, and make one table.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("-c", "--config", type=Path, required=True, help="JSON file that all runs start from")
@@ -80,9 +86,9 @@ def parse_args() -> argparse.Namespace:
         default=[],
         help="values of a dotted key; several: all combinations",
     )
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every cell")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every cell; default 0 1 2")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key in all runs")
-    add("--jobs", type=int, default=1, help="runs at a time; they share the CPU's cores")
+    add("--jobs", type=int, default=1, help="runs at a time, default 1; they share the CPU's cores")
     return parser.parse_args()
 
 

@@ -70,7 +70,8 @@ def main() -> int:
     evaluation = trainer.fit()
     if evaluation is None:
         return 128 + (run.stop_signal or 0)
-    print_result(evaluation, run.folder / "checkpoint.pth", protocol=protocol)
+    last = run.folder / "checkpoint.pth"
+    print_result(evaluation, last, again=["evaluateSSL.py", "--model-path", str(last), "--protocol", protocol])
     return 0
 
 

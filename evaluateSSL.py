@@ -1,10 +1,11 @@
 """Evaluate a checkpoint: python3 evaluateSSL.py --model-path CHECKPOINT."""
 
 import json
+import sys
 
-from utils.cli import evaluation_parser
-from utils.config import check_config
-from utils.errors import UserError, run_script
+from utils.cli import data_overrides, evaluation_parser
+from utils.config import override_config
+from utils.errors import CheckpointError, UserError, run_script
 
 
 def main() -> int:
@@ -23,17 +24,19 @@ def main() -> int:
 
     path = resolve_checkpoint(args.model_path)
     state = load_checkpoint(path)
-    values = json.loads(state["config"]) | ({"data_root": args.data_root} if args.data_root else {})
-    config = check_config(values, source=str(path))
+    config = override_config(json.loads(state["config"]), data_overrides(args), source=str(path))
     if args.protocol == "release" and config.data.release_protocol is None:
         raise UserError(
             f'--protocol release: dataset {config.data.name} defines none (dataset.release_protocol); use "original"'
         )
-    device = choose_device("auto" if args.gpu is None else "cpu" if args.gpu < 0 else f"cuda:{args.gpu}")
+    device = choose_device("auto" if args.gpu is None else "cpu" if args.gpu == -1 else f"cuda:{args.gpu}")
     files = DatasetFiles(config)
     files.check_files(args.split, labels=True)
     method = CrossTeacher(build_networks(config), config, labeled_samples=1)
-    method.load_state_dict(state["method"])
+    try:
+        method.load_state_dict(state["method"])
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path}: does not fit the model of its own configuration: {str(error)[:300]}") from None
     output = args.output or path.parent / f"evaluation-{args.split}-{args.protocol}"
     output.mkdir(parents=True, exist_ok=True)
 
@@ -53,7 +56,7 @@ def main() -> int:
     )
     (output / "result.json").write_text(json.dumps(evaluation.as_dict(), indent=1) + "\n", encoding="utf-8")
     (output / "result.txt").write_text(evaluation.as_text(), encoding="utf-8")
-    print_result(evaluation, path, protocol=args.protocol)
+    print_result(evaluation, path, again=["evaluateSSL.py", *sys.argv[1:]])
     print(f"results             {output}")
     return 0
 

@@ -7,20 +7,21 @@ from utils.errors import run_script
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Make and prepare datasets.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Make and prepare datasets.")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo", help="generate the demo dataset", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    demo = commands.add_parser("demo", help="generate the demo dataset")
     demo.add_argument(
         "root",
         type=Path,
         help="folder to make; left as it is if it holds this dataset, made again if it is another or damaged one",
     )
     demo.add_argument(
-        "--seed", type=int, choices=range(1000), default=0, metavar="0..999", help="of everything that is drawn"
+        "--seed",
+        type=int,
+        choices=range(1000),
+        default=0,
+        metavar="0..999",
+        help="of everything that is drawn, default 0",
     )
     args = parser.parse_args()
 

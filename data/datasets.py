@@ -90,7 +90,25 @@ class DatasetFiles:
         for split in ("labeled", "val"):
             self.check_files(split, labels=True)
             with ThreadPoolExecutor() as pool:
-                list(pool.map(self.read_classes, self.ids(split)))
+                known = pool.map(
+                    lambda i: bool((self.read_classes(i) != self.config.ignore_label).any()), self.ids(split)
+                )
+                if not any(list(known)):
+                    raise UserError(
+                        f"the label maps of the {split} list hold nothing but ignore_label; nothing could be learned"
+                    )
+        self._warn_of_shared_images()
+
+    def _warn_of_shared_images(self) -> None:
+        val = set(self.ids("val"))
+        trained = set(self.ids("labeled"))
+        trained |= set(self.ids("unlabeled")) if self.config.training.unlabeled.train_unlabeled else set()
+        if shared := sorted(val & trained):
+            warnings.warn(
+                f"{len(shared)} of {len(val)} validation images are training images too, for example {shared[0]}: "
+                "validation scores will not tell how well new images are segmented",
+                stacklevel=3,
+            )
 
     def about(self, split: str) -> dict[str, str | int]:
         """Which images a result is about."""
@@ -144,8 +162,8 @@ class DatasetFiles:
             )
         if not unlabeled:
             raise UserError(
-                f"all {len(labeled)} training images are labeled, none is left for the unlabeled terms; lower "
-                "training.data.labeled_samples, or set training.unlabeled.train_unlabeled to false"
+                f"all {len(labeled)} training images are labeled, none is left for the unlabeled terms; set "
+                "training.data.labeled_samples to fewer, or set training.unlabeled.train_unlabeled to false"
             )
         return unlabeled
 
@@ -199,7 +217,7 @@ class DatasetFiles:
 def _parse_ids(path: Path) -> list[str]:
     """One id a line; empty lines and lines that start with # do not count."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: cannot read this id list ({error}); expected a text file with one id a line"
@@ -207,7 +225,7 @@ def _parse_ids(path: Path) -> list[str]:
     ids = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     twice = len(ids) - len(set(ids))
     if twice:
-        raise UserError(f"{path}: {twice} ids appear twice; list each once")
+        raise UserError(f"{path}: ids that appear twice: {twice}; list each once")
     for identifier in ids:
         parts = PurePosixPath(identifier)
         if parts.is_absolute() or ".." in parts.parts:

@@ -18,7 +18,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def read_label(path: Path) -> np.ndarray:
     """(H,W) uint8 ids as stored in a gray or palette PNG (VOC's own files are palette PNGs)."""
-    with _open(path) as image:
+    with _open(path, formats=("PNG",)) as image:  # a JPEG's losses would change ids
         if image.mode not in ("P", "L"):
             raise UserError(
                 f"{path}: a label map must be an 8-bit gray or palette PNG holding class ids, found mode {image.mode}; "
@@ -33,13 +33,13 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, *, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Image.Image:
     try:
-        image = Image.open(path, formats=("JPEG", "PNG"))
+        image = Image.open(path, formats=formats)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, but a list names it") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable JPEG or PNG ({error})") from None
+        raise UserError(f"{path}: not a readable {' or '.join(formats)} file ({error})") from None
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise UserError(f"{path}: {image.width} x {image.height} pixels; refused above {MAX_PIXELS:,}")

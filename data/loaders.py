@@ -4,7 +4,9 @@ Which image and which crop come at a step depends on (seed, stream, step, place 
 of loading processes or on where a run was resumed.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -53,10 +55,14 @@ class Loader(Generic[Item]):
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Item]:
-        for item in self.loader:
-            if isinstance(item, UserError):
-                raise item
-            yield item
+        iterator = iter(self.loader)
+        try:
+            for item in iterator:
+                if isinstance(item, UserError):
+                    raise item
+                yield item
+        finally:  # at once, not when the iterator happens to be collected: its workers hear no signal
+            getattr(iterator, "_shutdown_workers", lambda: None)()
 
 
 class TrainingCrops(Dataset[Batch | UserError]):
@@ -137,7 +143,6 @@ def training_loader(files: DatasetFiles, stream: str, *, start_step: int) -> Loa
         _join_crops,
         batch_size=size,
         num_workers=workers,
-        persistent_workers=workers > 0,
     )
 
 
@@ -199,8 +204,10 @@ def _to_tensor(image: np.ndarray) -> Tensor:
 def _start_worker(_: int) -> None:
     """The main process alone decides when a run stops: a signal to the whole group must not take its workers away.
 
-    They leave when they are told to, or when the main process is gone. And a worker is one thread.
+    A worker leaves when it is told to, or when the main process is gone, or a minute after SIGTERM, in which time the
+    main process has finished its step. And a worker is one thread.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(60, os._exit, (0,)).start())
     cv2.setNumThreads(0)

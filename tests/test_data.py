@@ -111,6 +111,30 @@ def test_a_bad_label_of_a_validation_image_is_found_before_training(config, root
         DatasetFiles(config()).check_for_training()
 
 
+def test_validation_on_training_images_is_said(config, root: Path):
+    write(root / "ImageSets/Segmentation/val.txt", "picture_0\npicture_6")
+    with pytest.warns(UserWarning, match="1 of 2 validation images are training images too, for example picture_0"):
+        DatasetFiles(config()).check_for_training()
+
+
+def test_label_maps_without_any_label_are_refused(config, root: Path):
+    for name in IDS[6:]:
+        Image.fromarray(np.full((50, 60), 255, dtype=np.uint8)).save(root / f"SegmentationClassAug/{name}.png")
+    with pytest.raises(UserError, match="the label maps of the val list hold nothing but ignore_label"):
+        DatasetFiles(config()).check_for_training()
+
+
+def test_files_of_windows_editors_are_read(config, root: Path):
+    (root / "labeled.txt").write_bytes(b"\xef\xbb\xbfpicture_0\r\npicture_1\r\n")
+    assert DatasetFiles(config()).ids("labeled") == ["picture_0", "picture_1"]
+
+
+def test_label_maps_with_lossy_compression_are_refused(tmp_path: Path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="not a readable PNG file"):
+        read_label(tmp_path / "a.jpg")
+
+
 def test_a_missing_root_or_list_names_its_path(config, root: Path):
     with pytest.raises(UserError, match=r"/nowhere/at/all: no such folder.*--data-root"):
         DatasetFiles(config().model_copy(update={"data_root": "/nowhere/at/all"}))

@@ -134,6 +134,8 @@ def test_train_resume_and_evaluate_by_command(tmp_path: Path, demo: Path, networ
         assert np.asarray(image).max() < 7
     hidden = run("evaluateSSL.py", "-m", folder, "--split", "unlabeled", "--output", tmp_path / "hidden")
     assert hidden.returncode == 0, hidden.stderr
+    later = run("evaluateSSL.py", "-m", folder, "--split", "test", "--set", "dataset.test=splits/labeled.txt")
+    assert later.returncode == 0, later.stderr
     assert "split unlabeled" in (tmp_path / "hidden" / "result.txt").read_text()
 
 
@@ -185,6 +187,7 @@ def bad_cases(demo: Path, folder: Path) -> dict[str, tuple[dict, list, str]]:
         "label id out of range": ({}, damaged, "label ids out of range: 21"),
         "name that leaves the folder": ({}, ["--name", "../x"], "--name"),
         "checkpoint that is not there": ({}, ["--resume", "gone.pth"], "gone.pth: no such checkpoint"),
+        "empty option": ({}, ["--resume", ""], "is empty"),
         "several GPUs": ({}, ["--gpus", "2"], "--gpus 2"),
         "GPU without one": ({}, ["--device", "cuda"], "this machine has 0 CUDA devices"),
     }
@@ -273,6 +276,7 @@ def test_a_grid_is_run_once_and_reported(tmp_path: Path, demo: Path):
         (["--grid", "training.batch_sise=1"], "did you mean batch_size"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--seeds", "0", "0"], "would share a folder"),
+        (["--set", "seed=1"], "the seeds are given with --seeds"),
     ):
         refused = run("ablate.py", *study, *arguments)
         assert refused.returncode == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -243,6 +244,18 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(config):
     with pytest.raises(NonFiniteError, match="a gradient is not finite, though every loss is, at step 0"):
         trainer.fit()
     assert torch.equal(weight, before)
+
+
+def test_a_damaged_image_ends_the_run_with_what_was_learned_saved(config, demo: Path, tmp_path: Path):
+    given = config(data_root=str(shutil.copytree(demo, tmp_path / "copy")))
+    trainer = build(given)
+    ids = [name for batch in training_loader(DatasetFiles(given), "unlabeled", start_step=0) for name in batch.ids]
+    late = next(name for name in ids[4:] if name not in ids[:4])  # first read at step 2 or later
+    path = tmp_path / f"copy/JPEGImages/{late}.jpg"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match=rf"{late}\.jpg"):
+        trainer.fit()
+    assert load_checkpoint(trainer.run.folder / "checkpoint.pth")["step"] == trainer.step >= 2
 
 
 def test_other_labeled_images_are_refused_on_resume(config):

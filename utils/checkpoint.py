@@ -55,9 +55,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this project (expected format {FORMAT!r})")
-    if state["version"] != VERSION:
+    if state.get("version") != VERSION:
         raise CheckpointError(
-            f"{path}: checkpoint format version {state['version']}; this code reads version {VERSION}"
+            f"{path}: checkpoint format version {state.get('version')}; this code reads version {VERSION}"
         )
     return state
 

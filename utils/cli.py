@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    return argparse.ArgumentParser(description=description)
 
 
 def training_parser(network: str) -> argparse.ArgumentParser:
@@ -21,6 +21,7 @@ def training_parser(network: str) -> argparse.ArgumentParser:
         "-r",
         "--resume",
         metavar="PATH|auto",
+        type=_given,
         help="continue from this checkpoint (or run folder), in its folder; auto: from this name's newest, if any",
     )
     add(
@@ -30,9 +31,9 @@ def training_parser(network: str) -> argparse.ArgumentParser:
         default=[],
         help="override a dotted key of the JSON file; may be repeated",
     )
-    add("--data-root", metavar="DIR", help="folder of the dataset, instead of the config's")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
-    add("--gpus", type=int, default=1, metavar="N", help="number of GPUs; this version trains on one")
+    add("--data-root", metavar="DIR", type=_given, help="folder of the dataset, instead of the config's")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: cuda where there is one")
+    add("--gpus", type=int, default=1, metavar="N", help="number of GPUs; this version trains on one, the default")
     add(
         "--save-images",
         type=Path,
@@ -64,16 +65,23 @@ def evaluation_parser() -> argparse.ArgumentParser:
         "--protocol",
         choices=("release", "original"),
         default="original",
-        help="release: the released code's padded or resized images; original: labels at full size",
+        help="release: the released code's padded or resized images; original (default): labels at full size",
     )
     add(
         "--split",
         choices=("val", "test", "labeled", "unlabeled"),
         default="val",
-        help="list of images; unlabeled needs label files",
+        help="list of images, default val; unlabeled needs label files",
     )
     add("--save-output-images", action="store_true", help="also write the ensemble's predictions as palette PNGs")
-    add("--data-root", metavar="DIR", help="folder of the dataset, instead of the checkpoint's")
+    add("--data-root", metavar="DIR", type=_given, help="folder of the dataset, instead of the checkpoint's")
+    add(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a key, for example dataset.test=test.txt",
+    )
     add(
         "--output",
         type=Path,
@@ -84,7 +92,19 @@ def evaluation_parser() -> argparse.ArgumentParser:
 
 
 def training_overrides(args: argparse.Namespace) -> list[str]:
-    """The command line's share of the configuration, as ``KEY=VALUE``."""
+    """The training command's share of the configuration, as ``KEY=VALUE``."""
     if args.gpus != 1:
         raise UserError(f"--gpus {args.gpus}: this version trains on one GPU; leave --gpus out")
+    return data_overrides(args)
+
+
+def data_overrides(args: argparse.Namespace) -> list[str]:
+    """``--set`` and ``--data-root`` as ``KEY=VALUE``."""
     return [*args.set, *([f"data_root={json.dumps(args.data_root)}"] if args.data_root else [])]
+
+
+def _given(text: str) -> str:
+    """An option's value that must not be empty, as it is when a shell variable is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text

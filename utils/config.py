@@ -23,6 +23,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[str, Field(pattern=r"^\s*[1-9]\d*\s*,\s*[1-9]\d*\s*$")]
 PixelWeight = Literal["threshold_uniform", "threshold", "power", "sigmoid"] | Literal[False] | None
+SIZES = ("input_size", "resize", "pad")
 Color = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 
@@ -397,20 +398,24 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); --config wants a JSON file such as configs/configVOC.json"
         ) from None
-    values = _parse_json(text, str(path))
-    for override in overrides:
-        _apply_override(values, override)
-    config = check_config(values, source=str(path))
+    config = override_config(_parse_json(text, str(path)), overrides, source=str(path))
     if config.training.warmup_iters is not None:
         warnings.warn(f"{path}: training.warmup_iters has no effect, as in the release", stacklevel=2)
     if config.training.use_sync_batchnorm:
         warnings.warn(f"{path}: training.use_sync_batchnorm has no effect with one process", stacklevel=2)
     return config
+
+
+def override_config(values: dict[str, Any], overrides: Sequence[str], *, source: str) -> Config:
+    """Parsed values with ``KEY=VALUE`` overrides put in, checked."""
+    for override in overrides:
+        _apply_override(values, override)
+    return check_config(values, source=source)
 
 
 def check_config(values: dict[str, Any], *, source: str) -> Config:
@@ -430,7 +435,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 # May differ between two runs that compute the same.
 FREE_KEYS = (
     *("utils.checkpoint_dir", "utils.save_", "utils.val_per_iter", "utils.tensorboard", "utils.log_per_iter"),
-    *("training.num_workers", "data_root"),
+    *("training.num_workers", "data_root", "dataset.root", "dataset.test", "dataset.palette"),
 )
 
 
@@ -462,6 +467,8 @@ def _parse_json(text: str, source: str) -> dict[str, Any]:
 
     try:
         values = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise UserError(f"{source}: not a configuration, its brackets are nested too deeply") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
     if not isinstance(values, dict):
@@ -514,7 +521,7 @@ def _explain(detail: Any, source: str) -> str:
         message = f"expected one of {', '.join(map(repr, get_args(get_args(PixelWeight)[0])))}, or false"
     elif detail["type"] == "literal_error":
         message = f"expected {detail['ctx']['expected']}"
-    elif detail["type"] == "string_pattern_mismatch":
+    elif detail["type"] == "string_pattern_mismatch" or (detail["type"] == "string_type" and parts[-1] in SIZES):
         message = 'expected a size "height,width", for example "321,321"'
     given = json.dumps(detail["input"]) if not isinstance(detail["input"], dict) else None
     return f"{source}: {key}{' = ' + given if given is not None else ''}: {message}"

@@ -40,8 +40,8 @@ class WeightsError(UserError):
     exit_status = 5
 
 
-# What a disk or a wrong output path answers; other OSErrors are mistakes of ours.
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EIO)
+# What a full or broken disk answers, often without a file name.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def run_script(main: Callable[[], int | None]) -> None:
@@ -59,9 +59,9 @@ def run_script(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except OSError as error:
-        if error.errno not in _STORAGE:
+        if error.errno not in _STORAGE and error.filename is None:
             raise
-        print(f"error: {error.filename or 'output'}: cannot be written ({error.strerror})", file=sys.stderr)
+        print(f"error: {error.filename or 'output'}: {error.strerror}; check this path and the disk", file=sys.stderr)
         status = StorageError.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

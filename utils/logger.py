@@ -1,9 +1,10 @@
 """What a run says: a progress bar and messages on the terminal, log.jsonl and TensorBoard events in its folder."""
 
 import json
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,14 @@ class RunLogger:
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def print_result(evaluation: Evaluation, checkpoint: Path, *, protocol: str) -> None:
-    """The table of an evaluated checkpoint and how to look at its run, on standard output."""
-    again = f"python3 evaluateSSL.py --model-path {checkpoint} --protocol {protocol}"
+def print_result(evaluation: Evaluation, checkpoint: Path, *, again: Sequence[str]) -> None:
+    """The table of an evaluated checkpoint and how to look at its run, on standard output. again: its command."""
+    folder, command = checkpoint.parent, f"python3 {shlex.join(again)}"
     print(f"\n{evaluation.as_text()}")
-    print(f"run folder          {checkpoint.parent}")
-    print(f"picture             {checkpoint.parent / 'picture.png'}")
-    print(f"curves              tensorboard --logdir {checkpoint.parent}")
-    print(f"evaluate again      {again}")
-    print(f"write predictions   {again} --save-output-images")
+    print(f"run folder          {folder}")
+    if (folder / "picture.png").is_file():
+        print(f"picture             {folder / 'picture.png'}")
+    print(f"curves              tensorboard --logdir {shlex.quote(str(folder))}")
+    print(f"evaluate again      {command}")
+    if "--save-output-images" not in again:
+        print(f"write predictions   {command} --save-output-images")

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from utils.batch import Batch
 from utils.checkpoint import save_checkpoint
 from utils.config import Config, dump_config
-from utils.errors import CheckpointError, NonFiniteError
+from utils.errors import CheckpointError, NonFiniteError, StorageError, UserError
 from utils.evaluate import Evaluation
 from utils.logger import RunLogger
 from utils.randomness import keyed_seed
@@ -58,7 +58,7 @@ class Trainer:
             self.run.folder, first_step=self.step, total_steps=total, tensorboard=self.config.utils.tensorboard
         )
         streams = ("labeled", "unlabeled") if self.config.training.unlabeled.train_unlabeled else ("labeled",)
-        loaders = [self.loader(stream, self.step) for stream in streams]
+        loaders = [iter(self.loader(stream, self.step)) for stream in streams]
         evaluation = None
         self.method.train()
         try:
@@ -75,8 +75,14 @@ class Trainer:
             evaluation = evaluation or self.evaluate(self.step)  # the latter when a finished run was resumed
             self._write_results(evaluation)
             return evaluation
+        except UserError as error:  # a damaged image: what was learned so far is kept
+            if self.step and not isinstance(error, NonFiniteError | StorageError):
+                self.save(self.run.folder / "checkpoint.pth")
+            raise
         finally:
             logger.close()
+            for loader in loaders:
+                getattr(loader, "close", lambda: None)()  # ends its processes now
 
     def save(self, path: Path) -> None:
         """Everything that the run needs to go on."""
@@ -138,7 +144,9 @@ class Trainer:
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.run.folder}: the checkpoint does not fit this model: {error}") from None
+            raise CheckpointError(
+                f"{self.run.folder}: the checkpoint does not fit this model: {str(error)[:300]}"
+            ) from None
         if state["facts"] != self.facts:
             raise CheckpointError(
                 f"{self.run.folder}: trained with other labeled images ({state['facts']}, now {self.facts})"

@@ -57,7 +57,8 @@ def save_picture(
 
     arrays = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
     rows, (height, width) = len(next(iter(arrays.values()))), next(iter(arrays.values())).shape[-2:]
-    legend_rows = -(-len(class_names) // 7)
+    legend_rows = -(-(len(class_names) + 1) // 8)  # with "ignored"
+    legend_columns = -(-(len(class_names) + 1) // legend_rows)
     figure = Figure(
         figsize=(2.3 * len(columns), 2.3 * rows * height / width + 0.75 + 0.25 * legend_rows),
         dpi=100,
@@ -81,6 +82,6 @@ def save_picture(
         for color, name in zip(colors, class_names, strict=True)
     ]
     patches.append(Patch(facecolor="white", edgecolor="gray", label="ignored"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=7, fontsize=9, frameon=False)
+    figure.legend(handles=patches, loc="outside lower center", ncols=legend_columns, fontsize=9, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
