@@ -21,7 +21,7 @@ help:               ## this list
 demo: .venv/runtime ## make the demo dataset, train on it, evaluate: a few minutes on two CPU cores
 	$(BIN)/python prepare_data.py demo datasets/demo
 	$(BIN)/python cross_teacher_contr.py --config configs/configDemo.json --name demo
-	$(BIN)/python evaluateSSL.py --model-path "$$(ls -td runs/*-demo*/ | grep -E -e '-demo(~[0-9]+)?/$$' | head -n 1)checkpoint.pth"
+	@$(BIN)/python evaluateSSL.py --model-path "$$(ls -td runs/*-demo*/ | grep -E -e '-demo(~[0-9]+)?/$$' | head -n 1)checkpoint.pth"
 
 test: .venv/development ## the whole test suite
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
