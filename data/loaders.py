@@ -209,5 +209,11 @@ def _start_worker(_: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(60, os._exit, (0,)).start())
+    signal.signal(signal.SIGTERM, _leave_in_a_minute)
     cv2.setNumThreads(0)
+
+
+def _leave_in_a_minute(*_: Any) -> None:
+    timer = threading.Timer(60, os._exit, (0,))
+    timer.daemon = True  # it must not keep a worker that is told to leave at once
+    timer.start()
