@@ -11,6 +11,7 @@ import torch
 from utils.errors import CheckpointError, StorageError
 
 FORMAT, VERSION = "cross-teacher-training", 1
+RECORDS = ("step", "best", "config", "facts", "method", "optimizer")  # what a run needs to go on
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -58,6 +59,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if state.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: checkpoint format version {state.get('version')}; this code reads version {VERSION}"
+        )
+    missing = [key for key in RECORDS if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"{path}: a checkpoint without {', '.join(missing)}; it was not written by a training run"
         )
     return state
 
