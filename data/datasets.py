@@ -150,7 +150,7 @@ class DatasetFiles:
     @cached_property
     def _unlabeled(self) -> list[str]:
         labeled = set(self._labeled)
-        if self.block.labeled is not None and self.block.unlabeled is not None:
+        if self.block.unlabeled is not None:
             unlabeled = self._read_ids(self.block.unlabeled)
         else:
             unlabeled = [i for i in (self._train_ids if self.block.labeled else self._train_order) if i not in labeled]

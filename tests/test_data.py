@@ -155,6 +155,15 @@ def test_a_seeded_split_is_drawn_from_the_sorted_list_and_said(config):
     assert sorted(first[0] + first[1]) == sorted(IDS[:6])
 
 
+@pytest.mark.filterwarnings("ignore:no training.data.split_id_list")
+def test_an_unlabeled_list_counts_also_when_the_labeled_images_are_drawn(config, root: Path):
+    write(root / "train.txt", "\n".join(IDS[:3]))
+    block = {"root": "x", "num_classes": 3, "train": "train.txt", "unlabeled": "unlabeled.txt"}
+    files = DatasetFiles(config(dataset=block, training__data__labeled_samples=2))
+    assert files.ids("unlabeled") == IDS[3:6]
+    assert set(files.ids("labeled")) < set(IDS[:3])
+
+
 def test_a_split_file_decides_when_it_is_there(config, root: Path):
     write(root / "splits/custom/split_4.txt", "\n".join(IDS[5::-1]))
     split = {"training__data__split_id_list": 4, "training__data__labeled_samples": 2}
