@@ -103,20 +103,14 @@ def test_probabilities_are_taken_for_classes() -> None:
         ConfusionMatrix(2).update(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
 
 
-def test_matrices_of_different_size_are_merged() -> None:
-    with pytest.raises(ValueError, match="2 and 3"):
-        ConfusionMatrix(2).merge(ConfusionMatrix(3))
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 5)), max_size=40), st.integers(0, 40))
 def test_result_depends_on_how_the_pixels_are_split(pixels: list[tuple[int, int]], cut: int) -> None:
     prediction, target = torch.tensor(pixels, dtype=torch.int64).reshape(-1, 2).T
-    whole, first, second = ConfusionMatrix(4), ConfusionMatrix(4), ConfusionMatrix(4)
+    whole, parts = ConfusionMatrix(4), ConfusionMatrix(4)
     whole.update(prediction, target)
-    first.update(prediction[:cut], target[:cut])
-    second.update(prediction[cut:], target[cut:])
-    first += second
-    assert first.matrix.dtype == torch.int64
-    assert torch.equal(whole.matrix, first.matrix)
+    parts.update(prediction[:cut], target[:cut])
+    parts.update(prediction[cut:], target[cut:])
+    assert parts.matrix.dtype == torch.int64
+    assert torch.equal(whole.matrix, parts.matrix)
     assert whole.matrix.sum() == sum(0 <= truth < 4 for _, truth in pixels)

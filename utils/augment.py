@@ -90,20 +90,6 @@ def apply_color_jitter(images: Tensor, factors: JitterFactors) -> Tensor:
     return images
 
 
-def color_jitter(
-    images: Tensor,
-    generator: torch.Generator,
-    *,
-    brightness: float = JITTER_STRENGTH,
-    contrast: float = JITTER_STRENGTH,
-    saturation: float = JITTER_STRENGTH,
-    hue: float = JITTER_STRENGTH,
-) -> Tensor:
-    """`draw_color_jitter` followed by `apply_color_jitter`; arguments as there."""
-    strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
-    return apply_color_jitter(images, draw_color_jitter(images.shape[0], generator, **strengths))
-
-
 def blur_kernel_size(side: int) -> int:
     """Odd kernel size of about a tenth of an image's side: a tenth rounded up, less one if that is even."""
     tenth = math.ceil(side / 10)

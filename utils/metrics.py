@@ -49,20 +49,6 @@ class ConfusionMatrix:
         cells = torch.bincount(truth * self.num_classes + predicted, minlength=self.num_classes**2)
         self.matrix += cells.reshape(self.num_classes, self.num_classes).cpu()
 
-    def merge(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
-        """Add the counts of `other` (another worker, another part of the data set) and return self.
-
-        Raises:
-            ValueError: the numbers of classes differ.
-        """
-        if other.num_classes != self.num_classes:
-            sizes = f"{self.num_classes} and {other.num_classes}"
-            raise ValueError(f"ConfusionMatrix: cannot merge matrices of {sizes} classes")
-        self.matrix += other.matrix
-        return self
-
-    __iadd__ = merge
-
     def iou(self) -> Tensor:
         """(C,) float64: intersection over union per class; NaN where truth and prediction lack it."""
         matrix = self.matrix.double()
