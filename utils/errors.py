@@ -40,6 +40,12 @@ class WeightsError(UserError):
     exit_status = 5
 
 
+class DataError(UserError):
+    """A dataset that cannot be downloaded, is incomplete, or is not what its checksum says."""
+
+    exit_status = 5
+
+
 # What a full or broken disk answers, often without a file name.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
