@@ -17,6 +17,7 @@ def main() -> int:
     from data import DatasetFiles, evaluation_loader, preview_batch, training_loader
     from model import CrossTeacher, build_students
     from utils.evaluate import Evaluation, evaluate
+    from utils.inference import inference_for
     from utils.logger import print_result
     from utils.run import code_version, start_run
     from utils.trainer import Trainer, build_optimizer
@@ -38,7 +39,7 @@ def main() -> int:
             evaluation_loader(files, "val", protocol=protocol),
             class_names=files.block.class_names,
             device=run.device,
-            pad=config.release_pad(protocol),
+            inference=inference_for(config, protocol),
             about=files.about("val")
             | facts
             | {"protocol": protocol, "step": step, "seed": config.seed, "commit": commit},

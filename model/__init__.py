@@ -2,5 +2,6 @@
 
 from model.build import build_network, build_networks, build_students
 from model.cross_teacher import CrossTeacher
+from model.load import Trained, load_trained
 
-__all__ = ["CrossTeacher", "build_network", "build_networks", "build_students"]
+__all__ = ["CrossTeacher", "Trained", "build_network", "build_networks", "build_students", "load_trained"]

@@ -1,5 +1,8 @@
 """The networks by the names that a configuration uses. A new network is one line here."""
 
+import logging
+from collections.abc import Sequence
+
 import torch
 
 from model.deeplabv2 import DeepLabV2
@@ -8,8 +11,9 @@ from model.network import SegmentationNetwork
 from model.pretrained import load_pretrained
 from model.resnet import BACKBONES
 from utils.config import Config
-from utils.errors import WeightsError
 from utils.randomness import keyed_seed
+
+logger = logging.getLogger(__name__)
 
 NETWORKS: dict[str, type[DeepLabV2] | type[DeepLabV3Plus]] = {
     "DeepLab": DeepLabV2,
@@ -65,11 +69,14 @@ def build_students(config: Config) -> list[SegmentationNetwork]:
         WeightsError: the weights cannot be found, read or trusted.
     """
     students = build_networks(config)
-    for own, student in enumerate(students):
-        load_pretrained(student, config.pretrained or "none", role=f"student {own}")
-    if all(torch.equal(*pair) for pair in zip(*(student.parameters() for student in students), strict=True)):
-        raise WeightsError(
-            f"{config.pretrained}: holds a whole network, so both students would start the same and never differ; "
-            "use weights of the backbone alone"
-        )
+    for own, (student, weights) in enumerate(zip(students, config.pretrained_by_peer, strict=True)):
+        load_pretrained(student, weights, peer=own)
+    if _are_equal(students):  # a file of one whole network
+        logger.warning("student 1 takes the backbone alone, its head stays random: the students must start different")
+        students[1] = build_networks(config)[1]
+        load_pretrained(students[1], config.pretrained_by_peer[1], peer=1, backbone_only=True)
     return students
+
+
+def _are_equal(networks: Sequence[SegmentationNetwork]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(*(network.parameters() for network in networks), strict=True))

@@ -75,7 +75,7 @@ class DeepLabV2(SegmentationNetwork):
         ("layer5.head.1.", "head.classifier."),
         ("", "backbone."),
     )
-    release_convention = WeightsConvention(normalization="coco", stride_place="conv1")
+    release_convention = WeightsConvention(normalization="release_voc", stride_place="conv1")
 
     def __init__(
         self, num_classes: int, backbone: str = "resnet101", *, width: int = 64, feature_channels: int = 256

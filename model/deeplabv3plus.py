@@ -114,7 +114,7 @@ class DeepLabV3Plus(SegmentationNetwork):
         ("classifier.", "head.classifier."),
         ("backbone.", "backbone."),
     )
-    release_convention = WeightsConvention(normalization="coco", stride_place="conv2")
+    release_convention = WeightsConvention(normalization="release_voc", stride_place="conv2")
 
     def __init__(
         self,

@@ -40,6 +40,10 @@ NORMALIZATIONS = {
     "imagenet": Normalization(False, 1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     # Caffe's: blue first, 0..255, only the mean subtracted.
     "coco": Normalization(True, 255.0, (104.00698793, 116.66876762, 122.67891434), (1.0, 1.0, 1.0)),
+    # What the release trains and evaluates with, whatever its weights were made for: its VOC loader turns Caffe's
+    # image around after the subtraction, its Cityscapes loader subtracts the dataset's RGB mean from BGR images.
+    "release_voc": Normalization(False, 255.0, (122.67891434, 116.66876762, 104.00698793), (1.0, 1.0, 1.0)),
+    "release_cityscapes": Normalization(True, 255.0, (73.15835921, 82.90891754, 72.39239876), (1.0, 1.0, 1.0)),
 }
 
 
@@ -97,7 +101,7 @@ class SegmentationNetwork(nn.Module):
 
     # The parameters' names in the authors' release: (its prefix, ours), ours covering every parameter.
     release_names: ClassVar[tuple[tuple[str, str], ...]]
-    # What the release feeds the network (BGR images minus COCO's mean) and where its strides sit.
+    # Where the strides of the release's network sit, and what its VOC loader feeds it.
     release_convention: ClassVar[WeightsConvention]
 
     def __init__(self, backbone: ResNet, head: nn.Module) -> None:

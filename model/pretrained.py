@@ -18,17 +18,21 @@ from torch import Tensor
 from torchvision.models import get_model_weights
 
 from model.network import SegmentationNetwork, WeightsConvention
+from utils.checkpoint import FORMAT
 from utils.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FOLDER_VARIABLE = "CTT_WEIGHTS"
 MIN_BACKBONE_SHARE = 0.9
+PARTS = ("backbone.", "head.", "normalization.")
 # "...-63fe2227.pth": torch hub's convention, the first digits of the file's SHA-256.
 HASH_PREFIX = re.compile(r"-([0-9a-f]{8})\.pth$")
 
 IMAGENET = WeightsConvention(normalization="imagenet", stride_place="conv2")
 COCO = WeightsConvention(normalization="coco", stride_place="conv1")
+# What the release's loader of a dataset feeds its networks.
+RELEASE_NORMALIZATIONS = {"pascal_voc": "release_voc", "cityscapes": "release_cityscapes"}
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,13 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
 
 
-def load_release_weights(network: SegmentationNetwork, state_dict: Mapping[str, Tensor]) -> None:
+def load_release_weights(
+    network: SegmentationNetwork, state_dict: Mapping[str, Tensor], *, dataset: str = "pascal_voc"
+) -> None:
     """Load a state dict of the authors' release (its parameter names) into the same network of ours.
 
-    Also sets the stride's place and the input normalisation that the release's weights are made for.
+    Also sets the stride's place, and the input normalisation of the release's loader for ``dataset``, a key of
+    `RELEASE_NORMALIZATIONS`.
 
     Raises:
         ValueError: a parameter or buffer is missing, unexpected or of another shape; nothing is loaded then.
@@ -100,30 +107,34 @@ def load_release_weights(network: SegmentationNetwork, state_dict: Mapping[str, 
             f"these are not the release's weights of {_describe(network)}: "
             + "; ".join(f"{kind}: {_shorten(listed)}" for kind, listed in problems.items() if listed)
         )
-    _apply(network, network.release_convention)
+    _apply(network, network.release_convention._replace(normalization=RELEASE_NORMALIZATIONS[dataset]))
     network.load_state_dict({names[name]: value for name, value in given.items()}, strict=False)
 
 
-def load_pretrained(network: SegmentationNetwork, name_or_path: str | Path, *, role: str) -> LoadReport:
+def load_pretrained(
+    network: SegmentationNetwork, name_or_path: str | Path, *, peer: int, backbone_only: bool = False
+) -> LoadReport:
     """Load pretrained weights, and set the stride's place and the input normalisation that belong to them.
 
     Args:
         network: changed in place, or not at all when an error is raised.
         name_or_path: "none" (random weights stay), "imagenet" or "coco" (the public file for this backbone,
             see `find_weights`), or the path of a .pth file: a torchvision, gluon or timm ResNet (its
-            classifier `fc` is ignored), a COCO DeepLabv2, or a whole network of the same kind in the
-            release's names or ours.
-        role: who receives the weights, as messages shall call it: "student 0".
+            classifier `fc` is ignored), a COCO DeepLabv2, a whole network of the same kind in the
+            release's names or ours, a checkpoint of the release, or one of ours.
+        peer: which student receives the weights; of a checkpoint of ours it takes the same student's.
+        backbone_only: leave the head as it is, also where the file holds one.
 
     Raises:
         WeightsError: file not found, wrong hash, unsafe or unreadable, or under 90 % of the backbone matched.
     """
+    role = f"student {peer}"
     if str(name_or_path) == "none":
         logger.warning("%s starts from random weights: no pretrained weights were asked for", role)
         return LoadReport(source="none")
     path = find_weights(network, str(name_or_path))
-    weights = {_strip_wrappers(name): value for name, value in _read_state_dict(path).items()}
-    found, report = _match(network, weights, source=str(path))
+    weights, dataset = _read_weights(path, peer)
+    found, report = _match(network, weights, source=str(path), parts=("backbone.",) if backbone_only else PARTS)
 
     counted = [name for name in network.state_dict() if name.startswith("backbone.") and _is_counted(name)]
     matched = sum(name in found for name in counted)
@@ -132,7 +143,7 @@ def load_pretrained(network: SegmentationNetwork, name_or_path: str | Path, *, r
     if matched < MIN_BACKBONE_SHARE * len(counted):
         raise WeightsError(f"{role}: only {summary}. Lacking: {_shorten(lacking)}. Use weights of this backbone.")
 
-    _apply(network, _convention_of(network, path, weights, report))
+    _apply(network, _convention_of(network, path, weights, dataset))
     network.load_state_dict(found, strict=False)  # a state dict of ours carries its own convention
     logger.info("%s: %s", role, summary)
     if lacking:
@@ -173,8 +184,8 @@ def find_weights(network: SegmentationNetwork, name_or_path: str) -> Path:
 def _public_files(network: SegmentationNetwork) -> dict[str, WeightsFile]:
     """The public files that fit the network's backbone, by the names a configuration uses."""
     backbone = network.backbone
-    if backbone.deep_stem:
-        return {"imagenet": DEEP_STEM_RESNET101} if backbone.name == "resnet101" else {}
+    if backbone.deep_stem:  # no COCO weights exist; under either name the release takes these
+        return dict.fromkeys(("imagenet", "coco"), DEEP_STEM_RESNET101) if backbone.name == "resnet101" else {}
     url = get_model_weights(backbone.name)["IMAGENET1K_V1"].url
     files = {"imagenet": WeightsFile(url.rsplit("/", 1)[1], url, IMAGENET)}
     if backbone.name == "resnet101":
@@ -213,8 +224,11 @@ def _check_hash(path: Path) -> Path:
     return path
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, by name; a training checkpoint's are under "state_dict" or "model"."""
+def _read_weights(path: Path, peer: int) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a file by name, and the dataset of a release's checkpoint, None for other files.
+
+    A training checkpoint's tensors are under "state_dict" or "model"; of one of ours, the student's are taken.
+    """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything; the user needs the file's name
@@ -222,23 +236,26 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as plain tensors ({type(error).__name__}): it is damaged, is no PyTorch "
             "file, or holds code, which is never run; save its state dict alone"
         ) from error
+    dataset, prefix = None, ""
+    if isinstance(loaded, Mapping):
+        config = loaded.get("config")
+        dataset = config.get("dataset") if isinstance(config, Mapping) else None
+        if loaded.get("format") == FORMAT:
+            loaded, prefix = loaded.get("method"), f"students.{peer}."
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    tensors = (
-        {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
-        if isinstance(loaded, Mapping)
-        else {}
-    )
+    named = loaded.items() if isinstance(loaded, Mapping) else ()
+    tensors = {str(name): value for name, value in named if isinstance(value, Tensor) and str(name).startswith(prefix)}
     if not tensors:
         raise WeightsError(f"{path} holds no state dict (names with tensors)")
-    return tensors
+    return {_strip_wrappers(name.removeprefix(prefix)): value for name, value in tensors.items()}, dataset
 
 
 def _match(
-    network: SegmentationNetwork, weights: Mapping[str, Tensor], *, source: str
+    network: SegmentationNetwork, weights: Mapping[str, Tensor], *, source: str, parts: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors that fit, by our names, and the report."""
+    """The tensors of ``parts`` that fit, by our names, and the report."""
     own = network.state_dict()
     release_names = _names_by_release_name(network)
     found: dict[str, Tensor] = {}
@@ -248,6 +265,8 @@ def _match(
         # Ours, the release's, or a bare ResNet's.
         candidates = (name, release_names.get(name), f"backbone.{name}")
         target = next((candidate for candidate in candidates if candidate in own), None)
+        if target is not None and not target.startswith(parts):
+            continue
         if target is None:
             if not name.startswith("fc."):
                 unexpected.append(name)
@@ -266,14 +285,16 @@ def _match(
 
 
 def _convention_of(
-    network: SegmentationNetwork, path: Path, weights: Mapping[str, Tensor], report: LoadReport
+    network: SegmentationNetwork, path: Path, weights: Mapping[str, Tensor], dataset: str | None
 ) -> WeightsConvention:
     """The convention of a file: by its public name, else by the kind of parameters it holds."""
     for file in _public_files(network).values():
         if path.name == file.name:
             return file.convention
-    if any(name.startswith("head.") for name in report.matched):
-        return network.release_convention
+    own, release_names = network.state_dict(), _names_by_release_name(network)
+    if any((name if name in own else release_names.get(name, "")).startswith("head.") for name in weights):
+        normalization = RELEASE_NORMALIZATIONS.get(dataset or "", network.release_convention.normalization)
+        return network.release_convention._replace(normalization=normalization)
     # A head called layer5 is DeepLabv2's; the public ones come from Caffe.
     return COCO if any(name.startswith("layer5.") for name in weights) else IMAGENET
 

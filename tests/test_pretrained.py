@@ -77,7 +77,7 @@ def test_torchvision_backbone_loads_whole(name: str, resnet18: dict[str, Tensor]
     torch.save(resnet18, tmp_path / "backbone.pth")
     network = network18(name)
     head = network.head.classifier.weight.clone()
-    report = load_pretrained(network, tmp_path / "backbone.pth", role="student 0")
+    report = load_pretrained(network, tmp_path / "backbone.pth", peer=0)
     assert (report.missing, report.mismatched, report.unexpected) == ((), (), ())
     assert len(report.matched) == len(resnet18) - 2  # without fc
     assert torch.equal(network.backbone.layer4[1].conv2.weight, resnet18["layer4.1.conv2.weight"])
@@ -101,7 +101,7 @@ def test_torchvision_weights_move_the_stride_and_set_the_normalization(tmp_path:
     network = build_network("DeepLab", 2, "resnet50")
     network.normalization.set_preset("coco")
     assert network.backbone.stride_place == "conv1"
-    load_pretrained(network, tmp_path / "backbone.pth", role="student 0")
+    load_pretrained(network, tmp_path / "backbone.pth", peer=0)
     assert network.backbone.stride_place == "conv2"
     assert not network.normalization.bgr
 
@@ -111,7 +111,7 @@ def test_deep_stem_backbone_loads_whole(tmp_path: Path) -> None:
     del source["stride_in_conv1"]
     torch.save({**source, "fc.weight": torch.zeros(1000, 512)}, tmp_path / "gluon.pth")
     network = DeepLabV3Plus(2, "resnet18", deep_stem=True)
-    report = load_pretrained(network, tmp_path / "gluon.pth", role="student 0")
+    report = load_pretrained(network, tmp_path / "gluon.pth", peer=0)
     assert len(report.matched) == len(source)
     assert torch.equal(network.backbone.conv1[3].weight, source["conv1.3.weight"])
 
@@ -126,7 +126,7 @@ def test_coco_weights_bring_caffe_conventions_and_leave_the_head(resnet18: dict[
     torch.save(coco, tmp_path / "coco.pth")
     network = network18()
     network.backbone.set_stride_place("conv2")
-    report = load_pretrained(network, tmp_path / "coco.pth", role="student 0")
+    report = load_pretrained(network, tmp_path / "coco.pth", peer=0)
     assert report.unexpected == ("layer5.conv2d_list.0.weight",)
     assert not report.missing
     assert network.normalization.bgr
@@ -139,7 +139,7 @@ def test_whole_network_loads_head_and_conventions(tmp_path: Path) -> None:
     source.backbone.set_stride_place("conv2")
     torch.save({"state_dict": source.state_dict()}, tmp_path / "network.pth")
     network = network18()
-    report = load_pretrained(network, tmp_path / "network.pth", role="student 0")
+    report = load_pretrained(network, tmp_path / "network.pth", peer=0)
     assert (report.missing, report.mismatched, report.unexpected) == ((), (), ())
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in source.state_dict().items())
     assert network.backbone.stride_place == "conv2"
@@ -158,7 +158,7 @@ def test_release_weights_are_strict(name: str, case: str, stride_place: str, tmp
     assert all(not parameter.any() for parameter in network.parameters())
 
     torch.save(weights, tmp_path / "release.pth")
-    report = load_pretrained(network, tmp_path / "release.pth", role="student 0")
+    report = load_pretrained(network, tmp_path / "release.pth", peer=0)
     assert len(report.matched) == len(shapes)
     assert (report.missing, report.mismatched, report.unexpected) == ((), (), ())
 
@@ -174,7 +174,7 @@ def test_release_weights_are_strict(name: str, case: str, stride_place: str, tmp
 
 def test_another_number_of_classes_is_reported_not_hidden(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(build_network("DeepLab", 5, "resnet18").state_dict(), tmp_path / "network.pth")
-    report = load_pretrained(network18(), tmp_path / "network.pth", role="student 1")
+    report = load_pretrained(network18(), tmp_path / "network.pth", peer=1)
     assert report.mismatched == ("head.classifier.weight (5, 256, 1, 1), expected (2, 256, 1, 1)",)
     assert "student 1: 1 tensors stay random: head.classifier.weight" in caplog.text
 
@@ -184,12 +184,12 @@ def test_weights_of_another_backbone_are_refused_and_change_nothing(tmp_path: Pa
     network = network18()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(WeightsError, match=r"student 1: only .* of 100 backbone tensors"):
-        load_pretrained(network, tmp_path / "resnet50.pth", role="student 1")
+        load_pretrained(network, tmp_path / "resnet50.pth", peer=1)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_random_weights_are_announced(caplog: pytest.LogCaptureFixture) -> None:
-    assert load_pretrained(network18(), "none", role="student 0").source == "none"
+    assert load_pretrained(network18(), "none", peer=0).source == "none"
     assert "student 0 starts from random weights" in caplog.text
 
 
@@ -212,7 +212,7 @@ def test_damaged_file_in_the_cache_is_refused(tmp_path: Path) -> None:
     for weights in (cache / "resnet18-f37072fd.pth", "imagenet"):  # by path and by name
         (cache / "resnet18-f37072fd.pth").write_bytes(b"cut short")
         with pytest.raises(WeightsError, match=r"resnet18-f37072fd\.pth is damaged"):
-            load_pretrained(network18(), weights, role="student 0")
+            load_pretrained(network18(), weights, peer=0)
 
 
 def test_download_goes_into_the_cache_and_loads(
@@ -224,7 +224,7 @@ def test_download_goes_into_the_cache_and_loads(
     address, folder = server
     name = save_named_by_hash(resnet18, folder, "tiny").name
     offer(monkeypatch, name, f"{address}/{name}")
-    report = load_pretrained(network18(), "imagenet", role="student 0")
+    report = load_pretrained(network18(), "imagenet", peer=0)
     assert report.source == str(tmp_path / "hub" / "checkpoints" / name)
     assert len(report.matched) == len(resnet18) - 2
 
@@ -288,7 +288,7 @@ class Malicious:
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     torch.save({"conv1.weight": Malicious(tmp_path / "was-run")}, tmp_path / "evil.pth")
     with pytest.raises(WeightsError, match="holds code, which is never run"):
-        load_pretrained(network18(), tmp_path / "evil.pth", role="student 0")
+        load_pretrained(network18(), tmp_path / "evil.pth", peer=0)
     assert not (tmp_path / "was-run").exists()
 
 
@@ -296,10 +296,10 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
 def test_files_that_are_no_weights_are_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "page.pth").write_bytes(content)
     with pytest.raises(WeightsError, match=r"page\.pth cannot be read"):
-        load_pretrained(network18(), tmp_path / "page.pth", role="student 0")
+        load_pretrained(network18(), tmp_path / "page.pth", peer=0)
 
 
 def test_file_without_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(WeightsError, match="holds no state dict"):
-        load_pretrained(network18(), tmp_path / "empty.pth", role="student 0")
+        load_pretrained(network18(), tmp_path / "empty.pth", peer=0)

@@ -13,13 +13,13 @@ import torch
 
 from data import DatasetFiles, evaluation_loader, preview_batch, training_loader
 from data.demo import make_demo_dataset
-from data.loaders import EvaluationImage
 from model import CrossTeacher, build_network, build_networks
 from tests.conftest import tiny_values
 from utils.checkpoint import load_checkpoint
 from utils.config import Config, check_config
 from utils.errors import CheckpointError, NonFiniteError, UserError
 from utils.evaluate import evaluate
+from utils.inference import Inference
 from utils.run import STOP_SIGNALS, Run, newest_checkpoint, start_run
 from utils.trainer import Trainer, build_optimizer
 from utils.visualize import save_picture
@@ -77,6 +77,7 @@ def build(config: Config, *, name: str = "test", resume: str | None = None) -> T
             evaluation_loader(files, "val", protocol="original"),
             class_names=files.block.class_names,
             device=CPU,
+            inference=Inference(),
             about=files.about("val") | {"step": step},
         ),
         picture=picture,
@@ -315,6 +316,7 @@ def test_evaluation_leaves_training_mode_and_weights_alone_and_its_ensemble_is_t
         evaluation_loader(files, "val", protocol="original"),
         class_names=files.block.class_names,
         device=CPU,
+        inference=Inference(),
         about={},
         on_prediction=seen.__setitem__,
     )
@@ -331,28 +333,6 @@ def test_evaluation_leaves_training_mode_and_weights_alone_and_its_ensemble_is_t
         ]
         expected = sum(one.softmax(dim=1) for one in large).argmax(dim=1)[0]
     assert (seen[items[0].id] == expected).float().mean() > 0.999  # ties may fall either way
-
-
-def test_padding_is_what_normalization_maps_to_zero_and_is_cut_back(config):
-    network = build_network("DeepLab", 7, "resnet18", width=8, feature_channels=32).eval()
-    image = torch.randint(0, 256, (3, 33, 33), dtype=torch.uint8)
-    item = EvaluationImage(image, torch.zeros(33, 33, dtype=torch.int64), "a")
-    prediction: dict[str, torch.Tensor] = {}
-    evaluate(
-        {"student_0": network},
-        [[item]],
-        class_names=list("abcdefg"),
-        device=CPU,
-        pad=(40, 50),
-        about={},
-        on_prediction=prediction.__setitem__,
-    )
-    inputs = torch.zeros(1, 3, 40, 50)
-    inputs[..., :33, :33] = network.normalization(image[None].float() / 255)
-    with torch.no_grad():
-        logits = torch.nn.functional.interpolate(network(inputs).logits, (40, 50), mode="bilinear", align_corners=True)
-    by_hand = logits[0, :, :33, :33].argmax(dim=0)
-    assert (prediction["a"] == by_hand).float().mean() > 0.999  # ties may fall either way
 
 
 def test_run_keeps_its_signal_handlers_to_itself(tmp_path: Path):

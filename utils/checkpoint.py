@@ -1,7 +1,6 @@
 """Checkpoints: one file with everything, written so that a crash never leaves half of one, read with suspicion."""
 
 import os
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -36,26 +35,42 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. CheckpointError: it is missing, damaged, unsafe or of another format."""
+def read_file(path: Path) -> Any:
+    """What a PyTorch file holds, on the CPU. CheckpointError: it is missing, damaged or unsafe."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise CheckpointError(f"{path}: compressed records, which this project never writes; not loaded")
-            damaged = archive.testzip()  # torch.load itself checks no CRC
-        if damaged is not None:
-            raise CheckpointError(f"{path}: record {damaged} is damaged; use another checkpoint")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            is_old = file.read(2) != b"PK"  # before PyTorch 1.6 a file was no zip archive
+        if not is_old:
+            _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from error
+
+
+def _check_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise CheckpointError(f"{path}: compressed records, which PyTorch never writes; not loaded")
+        damaged = archive.testzip()  # torch.load itself checks no CRC
+    if damaged is not None:
+        raise CheckpointError(f"{path}: record {damaged} is damaged; use another checkpoint")
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run onto the CPU. CheckpointError: see ``read_file``, or it is of another format."""
+    return check_format(read_file(path), path)
+
+
+def check_format(state: Any, path: Path) -> dict[str, Any]:
+    """``state`` as read from ``path``, if it is a checkpoint of a run in the format that this code writes."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this project (expected format {FORMAT!r})")
+        release = "; it is one of the authors' release: start from it with pretrained" if is_release(state) else ""
+        raise CheckpointError(f"{path}: not a checkpoint of this project (expected format {FORMAT!r}){release}")
     if state.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: checkpoint format version {state.get('version')}; this code reads version {VERSION}"
@@ -68,11 +83,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def is_release(state: Any) -> bool:
+    """Whether what a file holds is a checkpoint of the authors' release."""
+    return isinstance(state, dict) and {"iteration", "config", "model"} <= state.keys()
+
+
 def resolve_checkpoint(path: Path) -> Path:
     """A checkpoint file, or the best (else the last) one of a run folder."""
     if not path.is_dir():
         return path
     found = [file for name in ("best_model.pth", "checkpoint.pth") if (file := path / name).is_file()]
     if not found:
-        raise CheckpointError(f"{path}: neither best_model.pth nor checkpoint.pth in this folder")
+        raise CheckpointError(f"{path}: neither best_model.pth nor checkpoint.pth in this folder; name a file")
     return found[0]

@@ -63,17 +63,27 @@ def evaluation_parser() -> argparse.ArgumentParser:
     )
     add(
         "--protocol",
-        choices=("release", "original"),
+        choices=("release", "original", "sliding"),
         default="original",
-        help="release: the released code's padded or resized images; original (default): labels at full size",
+        help="release: the released code's padded or resized images; original (default): labels at full size; "
+        "sliding: at full size, from overlapping crops of the training's size",
     )
+    _add_test_time(parser)
+    add(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="which: student_0 student_1 teacher_0 teacher_1 ensemble, default all; the first is the main one where "
+        "there is no ensemble",
+    )
+    add("--workers", type=int, metavar="N", help="processes that load images; default: the configuration's")
     add(
         "--split",
         choices=("val", "test", "labeled", "unlabeled"),
         default="val",
         help="list of images, default val; unlabeled needs label files",
     )
-    add("--save-output-images", action="store_true", help="also write the ensemble's predictions as palette PNGs")
+    add("--save-output-images", action="store_true", help="also write the main model's predictions as palette PNGs")
     add("--data-root", metavar="DIR", type=_given, help="folder of the dataset, instead of the checkpoint's")
     add(
         "--set",
@@ -91,6 +101,18 @@ def evaluation_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_test_time(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--flip", action="store_true", help="average with the prediction of the mirrored image")
+    parser.add_argument(
+        "--scales",
+        type=_scale,
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="average over images resized by these factors, for example 0.75 1 1.25",
+    )
+
+
 def training_overrides(args: argparse.Namespace) -> list[str]:
     """The training command's share of the configuration, as ``KEY=VALUE``."""
     if args.gpus != 1:
@@ -99,8 +121,26 @@ def training_overrides(args: argparse.Namespace) -> list[str]:
 
 
 def data_overrides(args: argparse.Namespace) -> list[str]:
-    """``--set`` and ``--data-root`` as ``KEY=VALUE``."""
-    return [*args.set, *([f"data_root={json.dumps(args.data_root)}"] if args.data_root else [])]
+    """``--set``, ``--data-root`` and ``--workers`` as ``KEY=VALUE``."""
+    root = [f"data_root={json.dumps(args.data_root)}"] if args.data_root else []
+    workers = getattr(args, "workers", None)
+    return [*args.set, *root, *([f"training.num_workers={workers}"] if workers is not None else [])]
+
+
+def evaluation_folder(args: argparse.Namespace) -> str:
+    """The name of the folder of an evaluation's results; other settings never overwrite them."""
+    scales = [f"scales_{'_'.join(f'{scale:g}' for scale in args.scales)}"] if args.scales != [1.0] else []
+    return "-".join(["evaluation", args.split, args.protocol, *(["flip"] if args.flip else []), *scales])
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 0.1 <= scale <= 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is no factor from 0.1 to 4")
+    return scale
 
 
 def _given(text: str) -> str:

@@ -313,7 +313,9 @@ class UtilsConfig(Section):
     save_checkpoint_every: Positive = Field(10000, description="steps between checkpoints")
     save_best_model: bool = Field(True, description="keep `best_model.pth`, by the ensemble's validation mIoU")
     val_per_iter: Positive = Field(1000, description="steps between validations")
-    val_protocol: Literal["release", "original"] = Field("original", description="protocol of the validations")
+    val_protocol: Literal["release", "original", "sliding"] = Field(
+        "original", description="protocol of the validations"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard events")
     log_per_iter: Positive = Field(20, description="steps between lines of log.jsonl and TensorBoard")
 
@@ -338,7 +340,10 @@ class Config(Section):
     feature_channels: Annotated[int, Field(gt=0, multiple_of=32)] = Field(
         256, description="channels D of head and features"
     )
-    pretrained: str | None = Field("coco", description='"coco", "imagenet", a file, or "none": random initialisation')
+    pretrained: str | list[str] | None = Field(
+        "coco",
+        description='"coco", "imagenet", a file, or "none": random initialisation; a list of two: one for each student',
+    )
     dataset: Annotated[
         Annotated[Literal["pascal_voc", "cityscapes"], Tag("preset")] | Annotated[DatasetConfig, Tag("block")],
         Discriminator(_dataset_kind),
@@ -348,6 +353,13 @@ class Config(Section):
     ignore_label: Annotated[int, Field(ge=0, le=255)] = Field(255, description="label of pixels that do not count")
     training: TrainingConfig = TrainingConfig()
     utils: UtilsConfig = UtilsConfig()
+
+    @field_validator("pretrained")
+    @classmethod
+    def _one_or_two(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and len(value) != 2:
+            raise ValueError(f"a list names the weights of the two students, found {len(value)} entries")
+        return value
 
     @model_validator(mode="after")
     def _ignore_label_is_no_class(self) -> "Config":
@@ -372,13 +384,13 @@ class Config(Section):
         return self.data.classes
 
     @property
+    def pretrained_by_peer(self) -> list[str]:
+        """What each of the two students starts from."""
+        return self.pretrained if isinstance(self.pretrained, list) else [self.pretrained or "none"] * 2
+
+    @property
     def input_size(self) -> tuple[int, int]:
         return parse_size(self.training.data.input_size)
-
-    def release_pad(self, protocol: str) -> tuple[int, int] | None:
-        """(height, width) that evaluation images are padded to, where the protocol does that."""
-        release = self.data.release_protocol if protocol == "release" else None
-        return parse_size(release.pad) if release and release.pad else None
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -388,6 +400,14 @@ def for_network(config: Config, model: str) -> Config:
     """The configuration with a script's own network, saying so where the file names another."""
     if config.model != model:
         warnings.warn(f'the configuration says model "{config.model}"; this script trains "{model}"', stacklevel=2)
+    if model == "DeepLabv3+" and "coco" in config.pretrained_by_peer:
+        warnings.warn('DeepLabv3+ has no COCO weights: "coco" means ImageNet\'s here, as in the release', stacklevel=2)
+    elif config.pretrained == "coco":
+        warnings.warn(
+            'pretrained "coco": both students start from COCO weights; the release gives the second one ImageNet\'s: '
+            '"pretrained": ["coco", "imagenet"]',
+            stacklevel=2,
+        )
     return config.model_copy(update={"model": model})
 
 
@@ -517,6 +537,8 @@ def _explain(detail: Any, source: str) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if parts == ["dataset"] and detail["type"] != "value_error":
         message = f"expected {' or '.join(map(repr, DATASETS))}, or a block {{...}} that describes a folder"
+    elif parts[:1] == ["pretrained"] and detail["type"] != "value_error":
+        key, message = "pretrained", "expected a name or path, or a list of two, one for each student"
     elif key == "training.unlabeled.pixel_weight":
         message = f"expected one of {', '.join(map(repr, get_args(get_args(PixelWeight)[0])))}, or false"
     elif detail["type"] == "literal_error":

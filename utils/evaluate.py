@@ -1,17 +1,20 @@
-"""Evaluation of all five models in one pass, and the tables of its results (METHOD 10)."""
+"""Evaluation of several models in one pass, and the tables of its results (METHOD 10)."""
 
+import csv
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from utils.errors import UserError
+from utils.inference import ENSEMBLE, Inference, predict_all
 from utils.metrics import ConfusionMatrix
 
-ENSEMBLE = "ensemble"
 PIXELS_AT_ONCE = 2**20  # the probabilities of five models at the labels' size are in memory together
 
 
@@ -34,8 +37,14 @@ class Evaluation:
     class_names: Sequence[str]
     about: Mapping[str, Any]  # protocol, split, split hash, number of images, step, seed, commit, ...
 
-    def mean_iou(self, model: str = ENSEMBLE) -> float:
-        return float(self.confusion[model].mean_iou())
+    @property
+    def main(self) -> str:
+        """The model that stands for the run: the ensemble, or the first where it was not asked for."""
+        return ENSEMBLE if ENSEMBLE in self.confusion else next(iter(self.confusion))
+
+    def mean_iou(self, model: str | None = None) -> float:
+        """Of the main model, or another one."""
+        return float(self.confusion[model or self.main].mean_iou())
 
     def scalars(self) -> dict[str, float]:
         """mIoU of each model, for logs."""
@@ -52,7 +61,25 @@ class Evaluation:
                 "mean_accuracy": _number(confusion.mean_accuracy()),
                 "iou": {label: _number(value) for label, value in zip(self.class_names, iou, strict=True)},
             }
-        return {**self.about, "models": models}
+        absent = [self.class_names[index] for index in self._absent()]
+        return {**self.about, "in no label": absent, "models": models}
+
+    def write(self, folder: Path, **more: Any) -> None:
+        """result.json (with ``more``), result.txt, and each model's counts as confusion_<model>.csv."""
+        text = json.dumps(self.as_dict() | more, indent=1) + "\n"
+        (folder / "result.json").write_text(text, encoding="utf-8")
+        (folder / "result.txt").write_text(self.as_text(), encoding="utf-8")
+        for name, confusion in self.confusion.items():
+            with (folder / f"confusion_{name}.csv").open("w", encoding="utf-8", newline="") as file:
+                rows = csv.writer(file)
+                rows.writerow(["pixels of (row) predicted as (column)", *self.class_names])
+                pairs = zip(self.class_names, confusion.matrix.tolist(), strict=True)
+                rows.writerows([label, *counts] for label, counts in pairs)
+
+    def _absent(self) -> list[int]:
+        """The classes that no label holds."""
+        matrix = self.confusion[self.main].matrix
+        return [index for index, count in enumerate(matrix.sum(dim=1).tolist()) if count == 0]
 
     def as_text(self) -> str:
         """IoU in percent: a row a class, a column a model."""
@@ -70,72 +97,73 @@ class Evaluation:
         lines += [f"{'IoU in %':<{width}}" + "".join(f"{name:>{len(name) + 2}}" for name in names)]
         lines += [row(label, (iou[name][index] for name in names)) for index, label in enumerate(self.class_names)]
         lines += ["-" * len(lines[-1]), row("mean IoU", (self.mean_iou(name) for name in names))]
-        lines += [row("pixel accuracy", (float(self.confusion[name].pixel_accuracy()) for name in names))]
-        absent = [
-            label for i, label in enumerate(self.class_names) if all(values[i] != values[i] for values in iou.values())
-        ]
-        if absent:
-            lines += ["", f"in no label and no prediction, so not part of the mean: {', '.join(absent)}"]
+        lines += [row("pixel accuracy", (self.confusion[name].pixel_accuracy() for name in names))]
+        lines += [row("mean accuracy", (self.confusion[name].mean_accuracy() for name in names))]
+        for index in self._absent():
+            models = [name for name in names if iou[name][index] == iou[name][index]]
+            counts = f"IoU 0 in the mean of {', '.join(models)}, which predicted it" if models else "not in any mean"
+            lines += ["", f"{self.class_names[index]} is in no label: {counts}"]
         return "\n".join(lines) + "\n"
 
 
 @torch.no_grad()
 def evaluate(
-    models: Mapping[str, Any],
+    networks: Mapping[str, Any],
     batches: Iterable[Sequence[LabeledImage]],
     *,
     class_names: Sequence[str],
     device: torch.device,
-    pad: tuple[int, int] | None = None,
+    inference: Inference,
     about: Mapping[str, Any],
+    models: Sequence[str] | None = None,
     on_prediction: Callable[[str, Tensor], None] | None = None,
 ) -> Evaluation:
-    """Compare every model, and the ensemble of those named student_*, with the labels.
+    """Compare the predictions of ``models`` (default: ``model_names(networks)``) with the labels, at the labels' size.
 
-    Logits are upsampled to the label's size. pad: (height, width) that normalized images are padded to with 0, at the
-    right and the bottom; the prediction is cut back. on_prediction: is given each id with the ensemble's (h,w) uint8
-    prediction. The models' training mode is left as it was.
+    on_prediction: is given each id with the main model's (h,w) uint8 prediction (see ``Evaluation.main``). The
+    networks' training mode is left as it was.
     """
-    confusion = {name: ConfusionMatrix(len(class_names)) for name in (*models, ENSEMBLE)}
-    modes = {name: model.training for name, model in models.items()}
+    wanted = frozenset(models or model_names(networks))
+    confusion = {name: ConfusionMatrix(len(class_names)) for name in model_names(networks) if name in wanted}
+    assert wanted == set(confusion), f"{wanted} are not all among {model_names(networks)}"
+    evaluation = Evaluation(confusion, class_names, dict(about))
+    modes = {name: network.training for name, network in networks.items()}
     count = 0
-    for model in models.values():
-        model.eval()
+    for network in networks.values():
+        network.eval()
     for batch in batches:
         for images, labels, ids in _same_sizes(batch, device):
-            probabilities = {name: _probabilities(model, images, labels, pad) for name, model in models.items()}
-            students = [one for name, one in probabilities.items() if name.startswith("student")]
-            probabilities[ENSEMBLE] = torch.stack(students).mean(dim=0)
-            for name, one in probabilities.items():
-                confusion[name].update(one.argmax(dim=1), labels)
-            prediction = probabilities[ENSEMBLE].argmax(dim=1)
+            size = (labels.shape[-2], labels.shape[-1])
+            probabilities = predict_all(networks, images, size, inference=inference, wanted=wanted)
+            predictions = {name: one.argmax(dim=1) for name, one in probabilities.items()}
+            for name, prediction in predictions.items():
+                confusion[name].update(prediction, labels)
             count += len(ids)
             if on_prediction is not None:
-                for identifier, label_map in zip(ids, prediction.byte().cpu(), strict=True):
+                for identifier, label_map in zip(ids, predictions[evaluation.main].byte().cpu(), strict=True):
                     on_prediction(identifier, label_map)
-    for name, model in models.items():
-        model.train(modes[name])
-    return Evaluation(confusion, class_names, {**about, "images": count})
+    for name, network in networks.items():
+        network.train(modes[name])
+    return replace(evaluation, about={**about, "images": count})
+
+
+def choose_models(networks: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:
+    """``wanted``, or all; UserError for a name that is none of ``model_names``."""
+    known = model_names(networks)
+    if unknown := [name for name in wanted or [] if name not in known]:
+        raise UserError(f"this checkpoint holds no model {', '.join(unknown)}; it has: {', '.join(known)}")
+    return [name for name in known if wanted is None or name in wanted]
+
+
+def model_names(networks: Mapping[str, Any]) -> list[str]:
+    """The networks, and the ensemble where there are two students."""
+    students = [name for name in networks if name.startswith("student")]
+    return [*networks, *([ENSEMBLE] if len(students) > 1 else [])]
 
 
 def _number(value: float | Tensor) -> float | None:
     """JSON knows no NaN."""
     return None if value != value else float(value)
-
-
-def _probabilities(model: Any, images: Tensor, labels: Tensor, pad: tuple[int, int] | None) -> Tensor:
-    """(B,3,H,W) in [0,1] -> (B,C,h,w) at the labels' size."""
-    inputs = model.normalization(images)
-    if pad is not None:
-        height, width = inputs.shape[-2:]
-        below, right = max(0, pad[0] - height), max(0, pad[1] - width)
-        inputs = F.pad(inputs, (0, right, 0, below))
-        logits = F.interpolate(
-            model(inputs).logits.float(), size=inputs.shape[-2:], mode="bilinear", align_corners=True
-        )
-        return logits[..., :height, :width].softmax(dim=1)
-    logits = F.interpolate(model(inputs).logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=True)
-    return logits.softmax(dim=1)
 
 
 def _same_sizes(batch: Sequence[LabeledImage], device: torch.device) -> Iterator[tuple[Tensor, Tensor, list[str]]]:

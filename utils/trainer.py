@@ -134,9 +134,7 @@ class Trainer:
         return evaluation
 
     def _write_results(self, evaluation: Evaluation) -> None:
-        result = evaluation.as_dict() | {"best": self.best}
-        (self.run.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (self.run.folder / "result.txt").write_text(evaluation.as_text(), encoding="utf-8")
+        evaluation.write(self.run.folder, best=self.best)
         self.picture(self.run.folder / "picture.png", self.step)
 
     def _restore(self, state: dict[str, Any]) -> None:

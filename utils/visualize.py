@@ -38,6 +38,30 @@ def colorize(label: np.ndarray, palette: Sequence[Sequence[int]] | None, *, igno
     return colors[label]
 
 
+def save_confusion(path: Path, matrix: np.ndarray, *, class_names: Sequence[str], title: str) -> None:
+    """A picture of a (C,C) confusion matrix of counts: each row in percent of its true class's pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and without pyplot's global state
+    from matplotlib.figure import Figure
+
+    count = len(class_names)
+    share = 100 * matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+    figure = Figure(figsize=(3 + 0.42 * count, 2.4 + 0.36 * count), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(count), class_names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    empty = matrix.sum(axis=1) == 0
+    names = [f"{name} (in no label)" if none else name for name, none in zip(class_names, empty, strict=True)]
+    axes.set_yticks(range(count), names, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    for row, column in np.argwhere(share >= 0.5):
+        color = "white" if share[row, column] > 55 else "black"
+        axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", color=color, fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+
+
 def save_picture(
     path: Path,
     columns: Mapping[str, Any],

@@ -1,0 +1,72 @@
+"""The trained networks of a checkpoint, ours or the authors' release's, ready to be applied to images."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from model.build import build_network, build_networks
+from model.cross_teacher import CrossTeacher
+from model.network import SegmentationNetwork
+from model.pretrained import RELEASE_NORMALIZATIONS, load_release_weights
+from utils.checkpoint import check_format, is_release, read_file
+from utils.config import Config, override_config
+from utils.errors import CheckpointError
+
+
+class Trained(NamedTuple):
+    """networks: by name: student_0, teacher_1, ...; of a release's checkpoint student and teacher.
+
+    about: which training made them, for results.
+    """
+
+    networks: dict[str, SegmentationNetwork]
+    config: Config
+    about: dict[str, Any]
+
+
+def load_trained(path: Path, *, overrides: Sequence[str] = ()) -> Trained:
+    """The networks of a checkpoint with its configuration, changed by ``KEY=VALUE`` overrides.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, unsafe, or not a checkpoint that this code knows.
+        UserError: an override is wrong.
+    """
+    state = read_file(path)
+    if is_release(state):
+        return _load_release(state, path, overrides)
+    state = check_format(state, path)
+    config = override_config(json.loads(state["config"]), overrides, source=str(path))
+    method = CrossTeacher(build_networks(config), config, labeled_samples=1)
+    try:
+        method.load_state_dict(state["method"])
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{path}: does not fit the model of its own configuration: {str(error)[:300]}") from None
+    return Trained(method.models(), config, state["facts"] | {"step": state["step"], "seed": config.seed})
+
+
+def _load_release(state: dict[str, Any], path: Path, overrides: Sequence[str]) -> Trained:
+    """One student, and its teacher where it was trained with unlabeled images: all that the release writes."""
+    saved, weights = state["config"], {"student": state["model"]}
+    if isinstance(state.get("ema_model"), dict):
+        weights["teacher"] = state["ema_model"]
+    if not isinstance(saved, dict) or saved.get("dataset") not in RELEASE_NORMALIZATIONS:
+        known = " or ".join(RELEASE_NORMALIZATIONS)
+        raise CheckpointError(f"{path}: looks like a release's checkpoint, but its config names no dataset {known}")
+    # The release's DeepLabv3+ script leaves "DeepLab" in its config; the parameters know better.
+    name = "DeepLab" if any("layer5." in key for key in state["model"]) else "DeepLabv3+"
+    kept = {key: saved[key] for key in ("dataset", "seed", "ignore_label") if key in saved}
+    data = saved.get("training", {}).get("data", {})
+    crop = {key: data[key] for key in ("input_size",) if key in data}
+    values = {"model": name, "pretrained": "none", **kept, "training": {"data": crop}}
+    dataset = saved["dataset"]
+    config = override_config(values, overrides, source=str(path))
+    networks = {}
+    for role, tensors in weights.items():
+        networks[role] = build_network(name, config.num_classes)
+        try:
+            load_release_weights(networks[role], tensors, dataset=dataset)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {role}: {error}") from None
+    about = {"labeled": data.get("labeled_samples"), "step": state["iteration"], "seed": saved.get("seed")}
+    return Trained(networks, config, about)
