@@ -72,7 +72,7 @@ BAD = {
     "images without id": ({"dataset__images": "a.jpg"}, "one {id} in it"),
     "ignored class": ({"ignore_label": 2}, "ignore_label 2 is one of the 3 classes"),
     "weights of three students": ({"pretrained": ["coco", "imagenet", "none"]}, "found 3 entries"),
-    "weights of no kind": ({"pretrained": 3}, "pretrained = 3: expected a name or path, or a list of two"),
+    "weights of no kind": ({"pretrained": 3}, "pretrained: expected a name or path, or a list of two"),
     "weights of no name": ({"pretrained": ["coco", None]}, "or a list of two, one for each student"),
     "protocol without size": ({"utils__val_protocol": "release"}, "needs dataset.release_protocol"),
     "contrast before its views": (

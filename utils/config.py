@@ -534,11 +534,11 @@ def _explain(detail: Any, source: str) -> str:
         return f"{source}: unknown key {key}; {hint}"
     if detail["type"] == "missing":
         return f"{source}: {key} is missing; it has no default"
+    if parts[:1] == ["pretrained"] and detail["type"] != "value_error":
+        return f"{source}: pretrained: expected a name or path, or a list of two, one for each student"
     message = detail["msg"].removeprefix("Value error, ")
     if parts == ["dataset"] and detail["type"] != "value_error":
         message = f"expected {' or '.join(map(repr, DATASETS))}, or a block {{...}} that describes a folder"
-    elif parts[:1] == ["pretrained"] and detail["type"] != "value_error":
-        key, message = "pretrained", "expected a name or path, or a list of two, one for each student"
     elif key == "training.unlabeled.pixel_weight":
         message = f"expected one of {', '.join(map(repr, get_args(get_args(PixelWeight)[0])))}, or false"
     elif detail["type"] == "literal_error":
