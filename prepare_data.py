@@ -1,34 +1,105 @@
-"""Make and prepare datasets: python3 prepare_data.py demo datasets/demo."""
+"""Fetch, describe, split and check datasets: python3 prepare_data.py --help."""
 
 import argparse
+import json
+import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from utils.errors import run_script
+from utils.cli import data_overrides, prepare_parser
+from utils.config import check_config, load_config, override_config
+from utils.errors import UserError, run_script
+
+PROJECT = Path(__file__).resolve().parent
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Make and prepare datasets.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="generate the demo dataset")
-    demo.add_argument(
-        "root",
-        type=Path,
-        help="folder to make; left as it is if it holds this dataset, made again if it is another or damaged one",
-    )
-    demo.add_argument(
-        "--seed",
-        type=int,
-        choices=range(1000),
-        default=0,
-        metavar="0..999",
-        help="of everything that is drawn, default 0",
-    )
-    args = parser.parse_args()
-
+def demo(args: argparse.Namespace) -> int:
     from data.demo import make_demo_dataset
 
     print(f"demo dataset: {make_demo_dataset(args.root, seed=args.seed)}")
     return 0
+
+
+def voc(args: argparse.Namespace) -> int:
+    from data.voc import prepare_voc
+
+    print(prepare_voc(args.root))
+    return 0
+
+
+def cityscapes(args: argparse.Namespace) -> int:
+    from data.cityscapes import prepare_cityscapes
+
+    print(prepare_cityscapes(args.root, half=args.half))
+    return 0
+
+
+def init(args: argparse.Namespace) -> int:
+    from data.describe import describe
+
+    name = args.name or re.sub(r"[^\w.+-]+", "_", args.root.resolve().name) or "custom"
+    output = args.output or PROJECT / "configs" / f"{name}.json"
+    if output.exists():
+        raise UserError(f"{output}: is there already; remove it, or choose another --output or --name")
+    found = describe(args.root, name=name, lists=PROJECT / "splits" / name, labeled=args.labeled, val=args.val)
+    values = found.values | {key: getattr(args, key) for key in ("backbone", "pretrained") if getattr(args, key)}
+    config = check_config(values, source=str(args.root))
+    output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    script = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "'cross_teacher_deeplabv3+.py'"}[config.model]
+    print("\n".join([*found.notes, f"configuration       {output}", ""]))
+    print(f"check the data      python3 prepare_data.py check {output}")
+    print(f"train               python3 {script} --config {output} --name {name}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    from data.check import check_dataset
+    from data.describe import describe
+
+    with tempfile.TemporaryDirectory() as lists:
+        if args.source.is_dir():
+            found = describe(args.source, name=args.source.resolve().name, lists=Path(lists))
+            print("\n".join([*found.notes, ""]))
+            config = override_config(found.values, data_overrides(args), source=str(args.source))
+        else:
+            config = load_config(args.source, overrides=data_overrides(args))
+        report = check_dataset(config)
+    if args.json:
+        args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    print(report.as_text())
+    return UserError.exit_status if report.errors else 0
+
+
+def split(args: argparse.Namespace) -> int:
+    from data import DatasetFiles
+    from data.write_splits import draw_splits, take_names
+
+    files = DatasetFiles(load_config(args.config, overrides=data_overrides(args)))
+    output = args.output or PROJECT / "splits" / files.block.name
+    if args.kind == "draw":
+        lines = draw_splits(files, amounts=args.labeled, seeds=args.seeds, cover=args.cover, output=output)
+        folder = output / args.labeled[0].replace("/", "_") / f"seed{args.seeds[0]}"
+    else:
+        folder = args.output or output / args.file.stem
+        lines = take_names(files, args.file, count=args.count, output=folder)
+    shown = folder.relative_to(PROJECT) if folder.is_relative_to(PROJECT) else folder.resolve()
+    print("\n".join(lines))
+    print(
+        f"use it              --set dataset.labeled={shown}/labeled.txt --set dataset.unlabeled={shown}/unlabeled.txt"
+    )
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    **{"demo": demo, "voc": voc, "cityscapes": cityscapes},
+    **{"init": init, "check": check, "split": split},
+}
+
+
+def main() -> int:
+    args = prepare_parser().parse_args()
+    return COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":

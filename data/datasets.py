@@ -1,20 +1,21 @@
 """Which files a dataset is made of: ids, their image and label paths, and the labeled/unlabeled split."""
 
-import hashlib
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from data.decode import image_size, read_image, read_label
+from data.splits import hash_of, read_ids, read_indices
 from utils.config import Config, DatasetConfig
 from utils.errors import UserError
 from utils.randomness import keyed_seed
 
 PROJECT = Path(__file__).resolve().parent.parent
+RELEASE_SPLITS = {"pascal_voc": "voc", "cityscapes": "city"}  # the folders of the release's split files
 
 
 class DatasetFiles:
@@ -49,13 +50,16 @@ class DatasetFiles:
 
     def check_files(self, split: str, *, labels: bool) -> None:
         """Every image of the split, and where asked every label map, exists; UserError names the first that do not."""
-        ids = self.ids(split)
+        self.check_paths(self.ids(split), what=f"{split} list", labels=labels)
+
+    def check_paths(self, ids: list[str], *, what: str, labels: bool) -> None:
+        """As ``check_files``, for any ids; ``what`` names them in the message."""
         paths = [self.image_path(i) for i in ids] + ([self.label_path(i) for i in ids] if labels else [])
         missing = [path for path in paths if not path.is_file()]
         if missing:
             shown = ", ".join(str(path) for path in missing[:3])
             more = " ..." if len(missing) > 3 else ""
-            raise UserError(f"{len(missing)} of {len(paths)} files of the {split} list are missing: {shown}{more}")
+            raise UserError(f"{len(missing)} of {len(paths)} files of the {what} are missing: {shown}{more}")
 
     def read_pair(self, identifier: str) -> tuple[np.ndarray, np.ndarray]:
         """(H,W,3) uint8 RGB image and (H,W) uint8 label map of classes and ``ignore_label``, of one size."""
@@ -90,13 +94,17 @@ class DatasetFiles:
         for split in ("labeled", "val"):
             self.check_files(split, labels=True)
             with ThreadPoolExecutor() as pool:
-                known = pool.map(
-                    lambda i: bool((self.read_classes(i) != self.config.ignore_label).any()), self.ids(split)
+                found = pool.map(lambda i: frozenset(np.unique(self.read_classes(i)).tolist()), self.ids(split))
+                classes = frozenset().union(*found) - {self.config.ignore_label}
+            if not classes:
+                raise UserError(
+                    f"the label maps of the {split} list hold nothing but ignore_label; nothing could be learned"
                 )
-                if not any(list(known)):
-                    raise UserError(
-                        f"the label maps of the {split} list hold nothing but ignore_label; nothing could be learned"
-                    )
+            if split == "labeled" and len(classes) == 1 < self.config.num_classes:
+                raise UserError(
+                    f"the label maps of the labeled list hold class {min(classes)} alone, besides ignore_label "
+                    f"{self.config.ignore_label}: nothing to tell apart. Masks of 0 and 255? Use dataset.label_ids [0, 255]"
+                )
         self._warn_of_shared_images()
 
     def _warn_of_shared_images(self) -> None:
@@ -120,7 +128,7 @@ class DatasetFiles:
 
     def split_hash(self, split: str = "labeled") -> str:
         """Twelve hex digits that name which images a split holds, whatever their order."""
-        return hashlib.sha256("\n".join(sorted(self.ids(split))).encode()).hexdigest()[:12]
+        return hash_of(self.ids(split))
 
     @cached_property
     def label_table(self) -> np.ndarray | None:
@@ -167,6 +175,12 @@ class DatasetFiles:
             )
         return unlabeled
 
+    def train_ids(self) -> list[str]:
+        """All training ids, labeled or not, in the order of their list."""
+        if self.block.train is not None:
+            return self._train_ids
+        return self._labeled + (self._unlabeled if self.block.unlabeled is not None else [])
+
     @cached_property
     def _train_ids(self) -> list[str]:
         if self.block.train is None:
@@ -176,30 +190,54 @@ class DatasetFiles:
     @cached_property
     def _train_order(self) -> list[str]:
         """The training ids in the order from which the first ``labeled_samples`` are labeled."""
-        index = self.config.training.data.split_id_list
-        ids = sorted(self._train_ids)
-        if index is not None:
-            for folder in (self.root, PROJECT):
-                path = folder / "splits" / self.block.name / f"split_{index}.txt"
-                if path.is_file():
-                    order = _parse_ids(path)
-                    if sorted(order) != ids:
-                        raise UserError(f"{path}: {len(order)} ids that are not the {len(ids)} of the training list")
-                    return order
+        index, ids = self.config.training.data.split_id_list, sorted(self._train_ids)
+        order = self._split_file_order(index) if index is not None else None
+        if order is not None:
+            return order
         random.Random(keyed_seed("split", index if index is not None else self.config.seed)).shuffle(ids)
         if self.config.training.data.labeled_samples is not None:
-            digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]
-            wanted = (
-                f"splits/{self.block.name}/split_{index}.txt" if index is not None else "training.data.split_id_list"
-            )
+            where = f"splits/{self.block.name}/split_{index}.txt"
+            wanted = where if index is not None else "training.data.split_id_list"
             warnings.warn(
-                f"no {wanted}: the labeled images are drawn by a seeded permutation of the sorted list (hash {digest})",
+                f"no {wanted}: the labeled images are drawn by a seeded permutation of the sorted list "
+                f"({self._about_order(ids)})",
                 stacklevel=2,
             )
         return ids
 
+    def _split_file_order(self, index: int) -> list[str] | None:
+        """The order of splits/<dataset>/split_<index>.txt or .pkl below the data root or this project, if any."""
+        ids = self._train_ids
+        names = (self.block.name, RELEASE_SPLITS.get(self.block.name, self.block.name))
+        folders = [base / "splits" / name for base in (self.root, PROJECT) for name in names]
+        for path in (folder / f"split_{index}{kind}" for folder in folders for kind in (".txt", ".pkl")):
+            if not path.is_file():
+                continue
+            if path.suffix == ".txt":
+                order = read_ids(path)
+                if sorted(order) != sorted(ids):
+                    raise UserError(f"{path}: {len(order)} ids that are not the {len(ids)} of the training list")
+                return order
+            indices = read_indices(path)
+            if sorted(indices) != list(range(len(ids))):
+                raise UserError(
+                    f"{path}: {len(indices)} indices that are no permutation of the {len(ids)} training images"
+                )
+            order = [ids[place] for place in indices]
+            warnings.warn(
+                f"{path}: indices into {self.block.train} as it is here ({self._about_order(order)}); they mean other "
+                "images where that list has another order",
+                stacklevel=2,
+            )
+            return order
+        return None
+
+    def _about_order(self, order: list[str]) -> str:
+        count = self.config.training.data.labeled_samples or len(order)
+        return f"labeled images: hash {hash_of(order[:count])}"
+
     def _read_ids(self, source: str) -> list[str]:
-        """Ids from a text file below root, or, when ``source`` has a *, from the images that exist."""
+        """Ids from a text file below root or this project, or, when ``source`` has a *, from the images that exist."""
         if "*" in source:
             before, after = self.block.images.split("{id}")[:2]
             found = sorted(
@@ -208,28 +246,8 @@ class DatasetFiles:
             ids = [name[len(before) : len(name) - len(after)] for name in found]
             what = f"{self.root / (before + source + after)} matches no image"
         else:
-            ids, what = _parse_ids(self.root / source), f"{self.root / source} is empty"
+            path = next((p for p in (self.root / source, PROJECT / source) if p.is_file()), self.root / source)
+            ids, what = read_ids(path), f"{path} is empty"
         if not ids:
             raise UserError(f"{what}; expected at least one")
         return ids
-
-
-def _parse_ids(path: Path) -> list[str]:
-    """One id a line; empty lines and lines that start with # do not count."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot read this id list ({error}); expected a text file with one id a line"
-        ) from None
-    ids = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    twice = len(ids) - len(set(ids))
-    if twice:
-        raise UserError(f"{path}: ids that appear twice: {twice}; list each once")
-    for identifier in ids:
-        parts = PurePosixPath(identifier)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise UserError(
-                f"{path}: id {identifier!r} leaves the dataset's folder; ids are names below it, without extension"
-            )
-    return ids

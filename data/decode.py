@@ -13,6 +13,8 @@ MAX_PIXELS = 100_000_000  # refused from the header: nobody labels such images, 
 def read_image(path: Path) -> np.ndarray:
     """(H,W,3) uint8 RGB. Raises UserError with the path when the file is missing or damaged."""
     with _open(path) as image:
+        if image.mode.startswith(("I", "F")):  # clipped, every value above 255 would be white
+            raise UserError(f"{path}: an image of mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
         return np.array(_decode(image, path, "RGB"))
 
 
@@ -38,7 +40,7 @@ def _open(path: Path, *, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Image.Im
         image = Image.open(path, formats=formats)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, but a list names it") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not a readable {' or '.join(formats)} file ({error})") from None
     if image.width * image.height > MAX_PIXELS:
         image.close()

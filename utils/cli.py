@@ -113,6 +113,71 @@ def _add_test_time(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def prepare_parser() -> argparse.ArgumentParser:
+    """The command line of prepare_data.py."""
+    parser = _parser("Fetch, describe, split and check datasets. Every command can be run again.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="generate the demo dataset")
+    demo.add_argument(
+        "root",
+        type=Path,
+        help="folder to make; left as it is if it holds this dataset, made again if it is another or damaged one",
+    )
+    demo.add_argument(
+        "--seed", type=int, choices=range(1000), default=0, metavar="0..999", help="of everything drawn, default 0"
+    )
+    voc = commands.add_parser("voc", help="PASCAL VOC 2012 with SBD: download, unpack, convert, write the lists")
+    voc.add_argument("root", type=Path, help="folder of the dataset; archives or folders that lie there are used")
+    cityscapes = commands.add_parser("cityscapes", help="check an unpacked download of Cityscapes")
+    cityscapes.add_argument("root", type=Path, help="the folder with leftImg8bit and gtFine")
+    cityscapes.add_argument(
+        "--half", type=Path, metavar="DIR", help="also write the training images there at 512 x 1024: loads faster"
+    )
+    _add_init(commands.add_parser("init", help="look at a folder of images and label maps, write a configuration"))
+    check = commands.add_parser("check", help="read every file of a dataset and tell all that is wrong with it")
+    check.add_argument("source", type=Path, metavar="CONFIG|ROOT", help="a configuration, or a folder as for init")
+    check.add_argument("--json", type=Path, metavar="FILE", help="also write what was found to this file")
+    _add_data(check)
+    _add_split(commands.add_parser("split", help="lists of labeled and unlabeled images: draw, or import"))
+    return parser
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("root", type=Path, help="folder with images and, for some of them, label maps")
+    add("--name", help="of the dataset; default: the folder's")
+    add("--output", type=Path, metavar="CONFIG", help="file to write; default configs/<name>.json")
+    add("--labeled", metavar="LIST|AMOUNT", help="list below the folder, fraction (1/8) or count of labeled images")
+    add("--val", metavar="AMOUNT", default="1/10", help="images to validate on where no list says, default 1/10")
+    add("--backbone", help="default resnet50")
+    add("--pretrained", help='default imagenet; "none" needs no download')
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    draw = kinds.add_parser("draw", help="draw labeled images by fraction or count; fewer are always among more")
+    draw.add_argument("config", type=Path, help="configuration of the dataset")
+    draw.add_argument("--labeled", nargs="+", required=True, metavar="AMOUNT", help="for example 1/16 1/8 or 100")
+    draw.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="K", help="default 0")
+    draw.add_argument("--cover", action="store_true", help="every class is in every labeled list")
+    take = kinds.add_parser(
+        "import", help="take over the release's split_k.pkl, or a list of ids or paths of other code"
+    )
+    take.add_argument("config", type=Path, help="configuration of the dataset")
+    take.add_argument("file", type=Path, help="the list of labeled images; the others become the unlabeled ones")
+    take.add_argument("--count", type=int, metavar="N", help="the first N of the list are labeled")
+    for one in (draw, take):
+        one.add_argument("--output", type=Path, metavar="DIR", help="default: splits/<dataset> in this project")
+        _add_data(one)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-root", metavar="DIR", type=_given, help="folder of the dataset, instead of the config's"
+    )
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the config")
+
+
 def training_overrides(args: argparse.Namespace) -> list[str]:
     """The training command's share of the configuration, as ``KEY=VALUE``."""
     if args.gpus != 1:

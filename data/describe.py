@@ -1,0 +1,356 @@
+"""What lies in a folder of images and label maps, said as a configuration: ``prepare_data.py init``."""
+
+import json
+import os
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data.decode import image_size, read_label
+from data.report import spans_text
+from data.splits import count_of, draw_order, hash_of, parse_amount, write_ids
+from utils.errors import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+LARGEST_CROP = 321  # the release's, for VOC
+NAME_FILES = ("classes.json", "classes.txt", "labels.txt", "names.txt")
+ROLES = ("unlabeled", "labeled", "train", "val", "test")  # "unlabeled" first: it contains "labeled"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where images and label maps lie below a root: patterns with {id}, ids with both, and ids with an image alone."""
+
+    images: str
+    labels: str
+    pairs: list[str]
+    alone: list[str]
+
+
+@dataclass
+class Description:
+    """values: of a configuration file. notes: what was found and decided, a line each."""
+
+    values: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def describe(
+    root: Path, *, name: str, lists: Path, labeled: str | None = None, val: str = "1/10", seed: int = 0
+) -> Description:
+    """A configuration for the folder ``root``; lists that it lacks are written to ``lists``.
+
+    labeled: a fraction, a count, or a list below root; by default the root's only list of labeled images, else all
+    images that have a label map if others have none, else 1/8 of the training images. val: how many images become
+    validation images where there is no list of them.
+
+    Raises UserError: no such folder, or nothing in it that images and label maps could be.
+    """
+    root = root.resolve()
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    preset = _preset(root)
+    if preset is not None:
+        values = json.loads((PROJECT / "configs" / f"{preset}.json").read_text(encoding="utf-8"))
+        return Description(values | {"data_root": str(root)}, [f"layout              as configs/{preset}.json has it"])
+    layout = find_layout(root)
+    found = Description({}, [
+        f"images              {layout.images}: {len(layout.pairs) + len(layout.alone)}",
+        f"label maps          {layout.labels}: {len(layout.pairs)}",
+    ])  # fmt: skip
+    block = {"name": name, "root": str(root), "images": layout.images, "labels": layout.labels}
+    ignore_label = _describe_classes(root, layout, block, found.notes)
+    _Lists(root, layout, lists, found.notes, seed).describe(block, labeled, val)
+    shown = [root / layout.images.replace("{id}", one) for one in layout.pairs[:200]]
+    side = min(LARGEST_CROP, int(median(min(image_size(path)) for path in shown)))
+    found.values = {
+        "model": "DeepLabv3+", "backbone": "resnet50", "pretrained": "imagenet", "dataset": block, "seed": seed,
+        "ignore_label": ignore_label, "training": {"data": {"input_size": f"{max(33, side)},{max(33, side)}"}},
+    }  # fmt: skip
+    return found
+
+
+def _preset(root: Path) -> str | None:
+    """The shipped configuration of a known dataset's layout."""
+    if (root / "leftImg8bit/train").is_dir() and (root / "gtFine/train").is_dir():
+        return "configCityscapes"
+    lists = root / "ImageSets/Segmentation"
+    if (root / "SegmentationClassAug").is_dir() and all(
+        (lists / f"{one}.txt").is_file() for one in ("train_aug", "val")
+    ):
+        return "configVOC"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def find_layout(root: Path) -> Layout:
+    """The images and label maps below a folder that pair up best."""
+    photos, masks = _families(root)
+    candidates = [
+        layout
+        for photo_place, photo_ids in photos.items()
+        for mask_place, mask_ids in masks.items()
+        if (layout := _pair(photo_place, photo_ids, mask_place, mask_ids)) is not None
+    ]
+    if not candidates:
+        raise UserError(_why_no_pairs(root, photos, masks))
+    # VOC keeps maps of objects beside those of classes.
+    return max(candidates, key=lambda one: (len(one.pairs), "object" not in one.labels.lower(), one.images))
+
+
+Place = tuple[str, str]  # (folder below root, "" for root itself; file ending)
+
+
+def _families(root: Path) -> tuple[dict[Place, list[str]], dict[Place, list[str]]]:
+    """Photographs and label maps: place -> ids below it. Each file counts for every folder above it."""
+    folders: dict[Place, list[str]] = {}
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(one for one in below if not one.startswith("."))
+        here = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        for name in names:
+            ending = PurePosixPath(name).suffix
+            if ending.lower() in (".jpg", ".jpeg", ".png") and not name.startswith("."):
+                folders.setdefault((here.as_posix(), ending), []).append(name.removesuffix(ending))
+    photos: dict[Place, list[str]] = {}
+    masks: dict[Place, list[str]] = {}
+    for (folder, ending), stems in folders.items():
+        kind = masks if _holds_masks(root, folder, ending, stems) else photos
+        parts = [part for part in folder.split("/") if part != "."]
+        for depth in range(len(parts) + 1):
+            above, below_it = "/".join(parts[:depth]), "/".join(parts[depth:])
+            ids = (f"{below_it}/{stem}" if below_it else stem for stem in stems)
+            kind.setdefault((above, ending), []).extend(ids)
+    return photos, masks
+
+
+def _holds_masks(root: Path, folder: str, ending: str, stems: list[str]) -> bool:
+    """Whether files look like label maps: 8-bit gray or palette PNGs of few values."""
+    if ending.lower() != ".png":
+        return False
+    chosen = sorted(stems)[:: max(1, len(stems) // 5)][:5]
+    few = 0
+    for stem in chosen:
+        try:
+            with Image.open(root / folder / f"{stem}{ending}", formats=("PNG",)) as image:
+                if image.mode not in ("P", "L") or image.width * image.height > 10**8:
+                    continue
+                few += image.mode == "P" or len(np.unique(np.asarray(image))) <= 40
+        except (OSError, SyntaxError, ValueError):
+            continue
+    return 2 * few > len(chosen)
+
+
+def _pair(photo_place: Place, photo_ids: list[str], mask_place: Place, mask_ids: list[str]) -> Layout | None:
+    """Ids that both places share, where at most the ends of the names differ, as in 1_rgb.png and 1_mask.png."""
+    ends = _name_ends(photo_ids, mask_ids)
+    with_mask = {one.removesuffix(ends[1]) for one in mask_ids if one.endswith(ends[1])}
+    with_photo = sorted(one.removesuffix(ends[0]) for one in photo_ids if one.endswith(ends[0]))
+    pairs = [one for one in with_photo if one in with_mask]
+    if not pairs:
+        return None
+    images, labels = (
+        f"{folder}/{{id}}{end}{ending}" if folder else f"{{id}}{end}{ending}"
+        for (folder, ending), end in zip((photo_place, mask_place), ends, strict=True)
+    )
+    return Layout(images, labels, pairs, [one for one in with_photo if one not in with_mask])
+
+
+def _name_ends(photo_ids: list[str], mask_ids: list[str]) -> tuple[str, str]:
+    """What most often follows the common beginning of a photograph's id and a label map's: ("", "") if they agree."""
+    masks = sorted(mask_ids)
+    if set(photo_ids) & set(masks):
+        return "", ""
+    votes: Counter[tuple[str, str]] = Counter()
+    for photo in sorted(photo_ids)[:: max(1, len(photo_ids) // 50)]:
+        for mask in masks[:2000]:
+            common = next((i for i, (a, b) in enumerate(zip(photo, mask, strict=False)) if a != b), len(photo))
+            start = re.split(r"[_\-. ]*$", photo[:common])[0]
+            if start and not start.endswith("/") and not (photo + mask)[len(start) : len(start) + 1].isalnum():
+                votes[photo[len(start) :], mask[len(start) :]] += 1
+    return votes.most_common(1)[0][0] if votes else ("", "")
+
+
+def _why_no_pairs(root: Path, photos: dict[Place, list[str]], masks: dict[Place, list[str]]) -> str:
+    def count(places: dict[Place, list[str]]) -> int:
+        return sum(len(ids) for (folder, _), ids in places.items() if not folder)
+
+    if not count(photos):
+        return f"{root}: no photographs (.jpg or .png) below this folder"
+    if not count(masks):
+        return (
+            f"{root}: {count(photos)} images, but no label maps: 8-bit gray or palette PNGs of class ids. "
+            "Colored (RGB) or 16-bit label maps must be converted to class ids first"
+        )
+    return (
+        f"{root}: {count(photos)} photographs and {count(masks)} label maps, but no names that agree. Expected for "
+        "example images/train/1.jpg with masks/train/1.png: one folder for images, one for label maps, the same below"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- classes
+
+
+def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: list[str]) -> int:
+    """Names or number of classes, palette and label_ids into ``block``; returns the ignore_label."""
+    paths = [root / layout.labels.replace("{id}", one) for one in layout.pairs]
+    with ThreadPoolExecutor() as pool:
+        values = list(tqdm(pool.map(_values, paths), total=len(paths), unit="label map", desc="classes"))
+    found = sorted(set().union(*values))
+    given = _names_in_files(root)
+    notes.append(f"ids in label maps    {spans_text(set(found))}")
+    if given:
+        block |= {key: given[key] for key in ("names", "palette") if given.get(key)}
+        ignore_label = int(given.get("ignore", 255))
+        notes.append(f"class names         {given['file']}: {len(given['names'])}")
+        return ignore_label if ignore_label >= len(given["names"]) else 255
+    if found == [0, 255]:
+        block |= {"names": ["background", "foreground"], "label_ids": [0, 255]}
+        notes.append("classes             two: 0 is background, 255 foreground")
+        return 255
+    ids = [one for one in found if one != 255]
+    if not ids:
+        raise UserError(f"{root}: the label maps of {layout.labels} hold nothing but 255, which is ignored")
+    if ids[-1] + 1 > 2 * len(ids):  # such as 0, 38, 75: gray levels rather than numbers
+        block |= {"num_classes": len(ids), "label_ids": ids}
+    else:
+        block["num_classes"] = ids[-1] + 1
+    notes.append(f'classes             {block["num_classes"]}, without names: add "names" to the configuration')
+    return 255
+
+
+def _values(path: Path) -> set[int]:
+    return set(np.unique(read_label(path)).tolist())
+
+
+def _names_in_files(root: Path) -> dict[str, Any] | None:
+    """names, and where given palette and ignore, from a file of class names at the root."""
+    path = next((root / name for name in NAME_FILES if (root / name).is_file()), None)
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as class names ({error}); mend or remove it") from None
+    known = content if isinstance(content, dict) else {"names": [one for one in content if one]}
+    names = known.get("names", known.get("classes"))
+    if not isinstance(names, list) or not names or not all(isinstance(one, str) for one in names):
+        raise UserError(f'{path}: expected {{"names": ["first", ...]}} or a list of names; mend or remove it')
+    ignore = known.get("ignore_index", known.get("ignore_label", 255))
+    return {"file": path.name, "names": names, "palette": known.get("palette"), "ignore": ignore}
+
+
+# ---------------------------------------------------------------------------------------------------- lists
+
+
+class _Lists:
+    """Finds the lists of a folder, and writes those that it lacks."""
+
+    def __init__(self, root: Path, layout: Layout, folder: Path, notes: list[str], seed: int) -> None:
+        self.root, self.layout, self.folder, self.notes, self.seed = root, layout, folder, notes, seed
+        self.known = set(layout.pairs) | set(layout.alone)
+        self.found = self._find()
+
+    def describe(self, block: dict[str, Any], labeled: str | None, val: str) -> None:
+        """The keys train or labeled and unlabeled, val, and test of a dataset's block."""
+        given = labeled if labeled and (self.root / labeled).is_file() else None
+        amount = parse_amount(labeled) if labeled and not given else None
+        held_out: set[str] = set()
+        for role in ("test", "val"):
+            source = self._only(role)
+            if source:
+                block[role] = source
+                held_out |= set(self._ids(source))
+        if "val" not in block:
+            rest = [one for one in self.layout.pairs if one not in held_out]
+            order, _ = draw_order(rest, seed=self.seed)
+            block["val"] = self._write("val", sorted(order[: count_of(parse_amount(val), len(rest))]))
+            held_out |= set(self._ids(block["val"]))
+        train = self._only("train")
+        ids = self._ids(train) if train else sorted(self.known)
+        ids = [one for one in ids if one not in held_out]
+        block |= self._labeled(ids, given, amount)
+
+    def _labeled(self, ids: list[str], given: str | None, amount: Any) -> dict[str, str]:
+        """The keys labeled and unlabeled for the training ids."""
+        if given is None and amount is None:
+            given = self._only("labeled")
+        if given is not None:
+            beside = str(PurePosixPath(given).with_name("unlabeled.txt"))
+            taken = set(self._ids(given))
+            unlabeled = beside if beside in self.found["unlabeled"] else self._only("unlabeled")
+            unlabeled = unlabeled or self._write("unlabeled", [one for one in ids if one not in taken])
+            self.notes.append(f"labeled images      {given}: {len(taken)}")
+            return {"labeled": given, "unlabeled": unlabeled}
+        without = set(self.layout.alone)
+        with_mask, alone = [one for one in ids if one not in without], [one for one in ids if one in without]
+        if alone and amount is None:
+            chosen, how = with_mask, "all that have a label map"
+        else:
+            order, _ = draw_order(with_mask, seed=self.seed)
+            amount = amount or parse_amount("1/8")
+            chosen, how = order[: count_of(amount, len(with_mask))], f"{amount} of {len(with_mask)}, seed {self.seed}"
+        if not chosen or len(chosen) == len(ids):
+            raise UserError(
+                f"{self.root}: {len(ids)} training images, {len(chosen)} of them labeled; expected some of each"
+            )
+        others = [one for one in ids if one not in set(chosen)]
+        self.notes.append(f"labeled images      {len(chosen)}: {how}")
+        return {"labeled": self._write("labeled", chosen), "unlabeled": self._write("unlabeled", others)}
+
+    def _find(self) -> dict[str, list[str]]:
+        """role -> lists of this layout's ids below the root, shortest path first."""
+        found: dict[str, list[str]] = {role: [] for role in ROLES}
+        for path in sorted(self.root.rglob("*.txt"), key=lambda path: (len(path.parts), path)):
+            role = next((role for role in ROLES if role in path.stem.lower().replace("unlabelled", "unlabeled")), None)
+            source = path.relative_to(self.root).as_posix()
+            if role is not None and not any(part.startswith(".") for part in source.split("/")):
+                ids = self._ids(source)
+                if ids and set(ids) <= self.known:
+                    found[role].append(source)
+        for role in ("train", "val", "test"):  # else folders of these names
+            inside = [one for one in self.known if one.startswith(f"{role}/")]
+            if inside and not found[role]:
+                depths = {one.count("/") for one in inside}
+                found[role] += [role + "/*" * depth for depth in depths if len(depths) == 1]
+        return found
+
+    def _only(self, role: str) -> str | None:
+        """The one list of a role, or the one whose name is just that; None where there is none or a choice."""
+        lists = self.found[role]
+        exact = [one for one in lists if PurePosixPath(one).stem == role]
+        chosen = exact if len(exact) == 1 else lists
+        if len(chosen) > 1:
+            self.notes.append(f"several lists       {role}: {', '.join(chosen[:3])}{' ...' if len(chosen) > 3 else ''}")
+            if role in ("labeled", "unlabeled"):
+                return None
+        return chosen[0] if chosen else None
+
+    def _ids(self, source: str) -> list[str]:
+        if "*" in source:
+            return sorted(one for one in self.known if one.startswith(source.split("*")[0]))
+        path = next((path for path in (self.root / source, PROJECT / source) if path.is_file()), Path(source))
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return []
+        return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+    def _write(self, role: str, ids: list[str]) -> str:
+        """Write a list; its path as the configuration names it."""
+        path = self.folder / f"{role}.txt"
+        written = write_ids(path, ids, about={"seed": self.seed, "images": len(ids), "of": self.root.name})
+        self.notes.append(
+            f"{role + ' list':<20}{path}: {len(ids)}, hash {hash_of(ids)}{'' if written else ' (was there)'}"
+        )
+        return path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else str(path)

@@ -1,0 +1,186 @@
+"""Lists of ids: reading them, also those of other code, drawing labeled images, and writing them with their hash."""
+
+import hashlib
+import io
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+
+_HASH_IN_HEADER = re.compile(r"^#.*\bhash ([0-9a-f]{12})\b")
+
+
+def hash_of(ids: Iterable[str]) -> str:
+    """Twelve hex digits that name which images a list holds, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:12]
+
+
+def read_ids(path: Path) -> list[str]:
+    """One id a line; empty lines and lines that start with # do not count.
+
+    Raises UserError: no text file, an id that is there twice or leaves the dataset's folder, or a list that was
+    changed after its header was written.
+    """
+    lines = _lines(path)
+    ids = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    twice = len(ids) - len(set(ids))
+    if twice:
+        raise UserError(f"{path}: ids that appear twice: {twice}; list each once")
+    for identifier in ids:
+        parts = PurePosixPath(identifier)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise UserError(
+                f"{path}: id {identifier!r} leaves the dataset's folder; ids are names below it, without extension"
+            )
+    header = _HASH_IN_HEADER.match(lines[0]) if lines else None
+    if header and header[1] != hash_of(ids):
+        raise UserError(
+            f"{path}: its first line says hash {header[1]}, but these ids have {hash_of(ids)}: the list was changed. "
+            "Restore it, or remove that line if the change is meant"
+        )
+    return ids
+
+
+def write_ids(path: Path, ids: Sequence[str], *, about: Mapping[str, object]) -> bool:
+    """Write a list whose first line names ``about`` and the hash; False if the same ids are there already.
+
+    Raises UserError when other ids are there: lists that results refer to are never overwritten.
+    """
+    if path.exists():
+        if read_ids(path) == list(ids):
+            return False
+        raise UserError(f"{path}: is there already with other ids; remove it, or choose another --output")
+    header = ", ".join(f"{key} {value}" for key, value in {**about, "hash": hash_of(ids)}.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# {header}\n" + "".join(f"{identifier}\n" for identifier in ids), encoding="utf-8")
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------- drawing
+
+
+def parse_amount(text: str) -> Fraction | int:
+    """``"1/8"`` or ``"0.125"`` -> a share of the training images; ``"46"`` -> that many."""
+    try:
+        amount = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        amount = Fraction(0)
+    if amount <= 0 or (amount.denominator > 1 and amount > 1):
+        raise UserError(f"{text!r} labeled images: expected a fraction such as 1/8 or 0.125, or a count such as 100")
+    return amount if amount < 1 else int(amount)
+
+
+def count_of(amount: Fraction | int, total: int) -> int:
+    """How many images an amount is of ``total``. Raises UserError if none or all are left for the other list."""
+    count = amount if isinstance(amount, int) else round(amount * total)
+    if not 0 < count < total:
+        raise UserError(f"{amount} labeled of {total} training images is {count}; expected 1 to {total - 1}")
+    return count
+
+
+def draw_order(
+    ids: Iterable[str], *, seed: int, classes_of: Mapping[str, frozenset[int]] | None = None
+) -> tuple[list[str], int]:
+    """The order of which the first n are labeled: fewer are always among more, whatever other images there are.
+
+    The order is that of the SHA-256 of "seed:id". classes_of: id -> the classes in its label map; then the images that
+    are needed to hold every class come first, starting with the rarest class. Returns the order and how many of its
+    first images are needed for that (0 without ``classes_of``).
+    """
+    order = sorted(ids, key=lambda identifier: hashlib.sha256(f"{seed}:{identifier}".encode()).hexdigest())
+    if classes_of is None:
+        return order, 0
+    counts: dict[int, int] = {}
+    for identifier in order:
+        for one in classes_of[identifier]:
+            counts[one] = counts.get(one, 0) + 1
+    first: list[str] = []
+    held: set[int] = set()
+    for wanted in sorted(counts, key=lambda one: (counts[one], one)):
+        if wanted not in held:
+            chosen = next(identifier for identifier in order if wanted in classes_of[identifier])
+            first.append(chosen)
+            held |= classes_of[chosen]
+    return first + [identifier for identifier in order if identifier not in set(first)], len(first)
+
+
+# ---------------------------------------------------------------------------------------------------- other code's
+
+
+def read_indices(path: Path) -> list[int]:
+    """The indices of a pickled numpy array, as the release's split files are; nothing in the file is executed.
+
+    Raises UserError: it holds anything but one array of different integers from 0.
+    """
+    try:
+        array = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path}: not a pickled array of indices ({type(error).__name__}: {error})") from error
+    if isinstance(array, list) and all(type(one) is int for one in array):
+        array = np.array(array, dtype=np.int64)
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
+        raise UserError(f"{path}: expected one pickled array of indices, found {type(array).__name__}")
+    if array.min() < 0 or len(np.unique(array)) != len(array):
+        raise UserError(f"{path}: expected different indices from 0 on, found some twice or negative")
+    return [int(index) for index in array]
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Knows what a pickled numpy array is made of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np.zeros(0).__reduce__()[0]  # numpy's own, wherever this version keeps it
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a list of indices")
+
+
+def import_ids(path: Path, known: Sequence[str], *, pattern: str) -> list[str]:
+    """The ids of a list as other code writes it: ids, or paths of images, with their label map's beside or not.
+
+    known: all ids of the dataset. pattern: its image paths with {id}. Raises UserError naming lines that mean none.
+    """
+    before, after = pattern.split("{id}")
+    is_known = set(known)
+    by_name: dict[str, list[str]] = {}
+    for identifier in known:
+        by_name.setdefault(PurePosixPath(identifier).name, []).append(identifier)
+
+    def meant(line: str) -> str | None:
+        first = re.split(r"[\s,;]+", line.strip())[0].lstrip("/")
+        place = first.rfind(before) if before else 0
+        inner = first[place + len(before) :] if place >= 0 else first
+        name = PurePosixPath(first).name.removesuffix(PurePosixPath(after).name)
+        stem = name.rsplit(".", 1)[0] if name.lower().endswith((".jpg", ".jpeg", ".png")) else name
+        for candidate in (first, inner.removesuffix(after), inner):
+            if candidate in is_known:
+                return candidate
+        named = by_name.get(stem, []) or by_name.get(name, [])
+        return named[0] if len(named) == 1 else None
+
+    lines = [line for line in _lines(path) if line.strip() and not line.startswith("#")]
+    ids = [meant(line) for line in lines]
+    lost = [line.strip() for line, identifier in zip(lines, ids, strict=True) if identifier is None]
+    if lost or not lines:
+        shown = "; ".join(lost[:3]) or "no line"
+        raise UserError(f"{path}: {len(lost)} of {len(lines)} lines name no training image of the dataset: {shown}")
+    found = [identifier for identifier in ids if identifier is not None]
+    if len(set(found)) != len(found):
+        raise UserError(f"{path}: {len(found) - len(set(found))} images are named twice; list each once")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot read this id list ({error}); expected a text file with one id a line"
+        ) from None
