@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from utils.cli import data_overrides, prepare_parser
@@ -14,24 +13,20 @@ from utils.errors import UserError, run_script
 PROJECT = Path(__file__).resolve().parent
 
 
-def demo(args: argparse.Namespace) -> int:
-    from data.demo import make_demo_dataset
+def make(args: argparse.Namespace) -> int:
+    """The commands demo, voc and cityscapes."""
+    if args.command == "demo":
+        from data.demo import make_demo_dataset
 
-    print(f"demo dataset: {make_demo_dataset(args.root, seed=args.seed)}")
-    return 0
+        print(f"demo dataset: {make_demo_dataset(args.root, seed=args.seed)}")
+    elif args.command == "voc":
+        from data.voc import prepare_voc
 
+        print(prepare_voc(args.root))
+    else:
+        from data.cityscapes import prepare_cityscapes
 
-def voc(args: argparse.Namespace) -> int:
-    from data.voc import prepare_voc
-
-    print(prepare_voc(args.root))
-    return 0
-
-
-def cityscapes(args: argparse.Namespace) -> int:
-    from data.cityscapes import prepare_cityscapes
-
-    print(prepare_cityscapes(args.root, half=args.half))
+        print(prepare_cityscapes(args.root, half=args.half))
     return 0
 
 
@@ -40,12 +35,13 @@ def init(args: argparse.Namespace) -> int:
 
     name = args.name or re.sub(r"[^\w.+-]+", "_", args.root.resolve().name) or "custom"
     output = args.output or PROJECT / "configs" / f"{name}.json"
-    if output.exists():
-        raise UserError(f"{output}: is there already; remove it, or choose another --output or --name")
     found = describe(args.root, name=name, lists=PROJECT / "splits" / name, labeled=args.labeled, val=args.val)
     values = found.values | {key: getattr(args, key) for key in ("backbone", "pretrained") if getattr(args, key)}
     config = check_config(values, source=str(args.root))
-    output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(values, indent=2) + "\n"
+    if output.exists() and output.read_text(encoding="utf-8") != text:
+        raise UserError(f"{output}: is there already, and differs; remove it, or choose another --output or --name")
+    output.write_text(text, encoding="utf-8")
     script = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "'cross_teacher_deeplabv3+.py'"}[config.model]
     print("\n".join([*found.notes, f"configuration       {output}", ""]))
     print(f"check the data      python3 prepare_data.py check {output}")
@@ -91,15 +87,9 @@ def split(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    **{"demo": demo, "voc": voc, "cityscapes": cityscapes},
-    **{"init": init, "check": check, "split": split},
-}
-
-
 def main() -> int:
     args = prepare_parser().parse_args()
-    return COMMANDS[args.command](args)
+    return {"init": init, "check": check, "split": split}.get(args.command, make)(args)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ class DatasetFiles:
             if split == "labeled" and len(classes) == 1 < self.config.num_classes:
                 raise UserError(
                     f"the label maps of the labeled list hold class {min(classes)} alone, besides ignore_label "
-                    f"{self.config.ignore_label}: nothing to tell apart. Masks of 0 and 255? Use dataset.label_ids [0, 255]"
+                    f"{self.config.ignore_label}: nothing to tell apart. Masks of 0 and 255? Use "
+                    "dataset.label_ids: [0, 255]"
                 )
         self._warn_of_shared_images()
 

@@ -204,7 +204,7 @@ def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: 
     """Names or number of classes, palette and label_ids into ``block``; returns the ignore_label."""
     paths = [root / layout.labels.replace("{id}", one) for one in layout.pairs]
     with ThreadPoolExecutor() as pool:
-        values = list(tqdm(pool.map(_values, paths), total=len(paths), unit="label map", desc="classes"))
+        values = list(tqdm(pool.map(_values, paths), total=len(paths), unit="label map", disable=None))
     found = sorted(set().union(*values))
     given = _names_in_files(root)
     notes.append(f"ids in label maps    {spans_text(set(found))}")
@@ -302,7 +302,8 @@ class _Lists:
             chosen, how = order[: count_of(amount, len(with_mask))], f"{amount} of {len(with_mask)}, seed {self.seed}"
         if not chosen or len(chosen) == len(ids):
             raise UserError(
-                f"{self.root}: {len(ids)} training images, {len(chosen)} of them labeled; expected some of each"
+                f"{self.root}: besides val and test {len(ids)} images, {len(chosen)} of them labeled; expected both "
+                "labeled and unlabeled ones to train on"
             )
         others = [one for one in ids if one not in set(chosen)]
         self.notes.append(f"labeled images      {len(chosen)}: {how}")

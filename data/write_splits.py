@@ -93,5 +93,5 @@ def _classes_of(files: DatasetFiles, ids: Sequence[str]) -> dict[str, frozenset[
         return frozenset(present) - {files.config.ignore_label}
 
     with ThreadPoolExecutor() as pool:
-        found = tqdm(pool.map(classes, ids), total=len(ids), unit="label map", desc="classes")
+        found = tqdm(pool.map(classes, ids), total=len(ids), unit="label map", disable=None)
         return dict(zip(ids, found, strict=True))

@@ -163,7 +163,7 @@ def test_results_hold_every_measure_and_say_which_class_was_absent(tmp_path: Pat
     }  # fmt: skip
     # Left the teacher's logits are -1, 0, 0, right 0, -1, 0: never the true class.
     assert teacher["pixel_accuracy"] == 0.0
-    assert "none is in no label: not in any mean" in evaluation.as_text()
+    assert "in no label and no prediction, so in no mean: none" in evaluation.as_text()
     evaluation.write(tmp_path, best=None)
     assert json.loads((tmp_path / "result.json").read_text())["models"]["student"] == student
     with (tmp_path / "confusion_student.csv").open() as file:
@@ -185,7 +185,7 @@ def test_a_class_that_only_some_models_predict_is_told():
     evaluation = evaluate(
         networks, [[item]], class_names=["a", "b", "c"], device=CPU, inference=Inference(), about={}
     )  # fmt: skip
-    assert "c is in no label: IoU 0 in the mean of student, which predicted it" in evaluation.as_text()
+    assert "in no label but predicted, so IoU 0 in the mean of: c (student)" in evaluation.as_text()
 
 
 def test_only_the_models_asked_for_are_compared():

@@ -113,6 +113,23 @@ def _add_test_time(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def prediction_parser() -> argparse.ArgumentParser:
+    """The command line of predict.py."""
+    parser = _parser("Segment photographs with a checkpoint, ours or the authors' release's.")
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint, or run folder (its best_model.pth, else checkpoint.pth)")
+    add("input", type=Path, help="an image, a folder (with all folders below), or a text file with one path a line")
+    add("output", type=Path, help="folder for labels/, overlays/ and confidence/; nothing is written elsewhere")
+    add("--model", help="student_0, teacher_1, ...; default: the ensemble, or the student of a release's checkpoint")
+    add("--confidence", action="store_true", help="also write the probability of the predicted class, white: 1")
+    add("--no-overlays", action="store_true", help="label maps alone")
+    add("--label-ids", action="store_true", help="write the dataset's own ids, as Cityscapes' server wants, no classes")
+    add("--window", metavar="H,W", help="predict in overlapping windows; default: in one pass up to 4 megapixels")
+    _add_test_time(parser)
+    add("--gpu", type=int, metavar="I", help="number of the GPU, -1: the CPU; default: the first GPU, if any")
+    return parser
+
+
 def prepare_parser() -> argparse.ArgumentParser:
     """The command line of prepare_data.py."""
     parser = _parser("Fetch, describe, split and check datasets. Every command can be run again.")

@@ -99,10 +99,11 @@ class Evaluation:
         lines += ["-" * len(lines[-1]), row("mean IoU", (self.mean_iou(name) for name in names))]
         lines += [row("pixel accuracy", (self.confusion[name].pixel_accuracy() for name in names))]
         lines += [row("mean accuracy", (self.confusion[name].mean_accuracy() for name in names))]
-        for index in self._absent():
-            models = [name for name in names if iou[name][index] == iou[name][index]]
-            counts = f"IoU 0 in the mean of {', '.join(models)}, which predicted it" if models else "not in any mean"
-            lines += ["", f"{self.class_names[index]} is in no label: {counts}"]
+        absent = {index: [name for name in names if iou[name][index] == 0] for index in self._absent()}
+        unseen = [self.class_names[index] for index, models in absent.items() if not models]
+        wrong = [f"{self.class_names[index]} ({', '.join(models)})" for index, models in absent.items() if models]
+        lines += ["", f"in no label and no prediction, so in no mean: {', '.join(unseen)}"] if unseen else []
+        lines += ["", f"in no label but predicted, so IoU 0 in the mean of: {', '.join(wrong)}"] if wrong else []
         return "\n".join(lines) + "\n"
 
 

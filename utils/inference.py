@@ -1,9 +1,10 @@
 """How a network is applied to whole images: protocols, flips and scales (METHOD 10)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +14,7 @@ from utils.errors import UserError
 
 ENSEMBLE = "ensemble"
 SMALLEST = 33  # pixels a side that the networks need; smaller images are padded
+AT_ONCE, LARGE_WINDOW = 2**22, (1024, 1024)  # larger photographs are predicted window by window
 Size = tuple[int, int]
 
 
@@ -47,6 +49,40 @@ def inference_for(
         )
     pad = parse_size(release.pad) if protocol == "release" and release and release.pad else None
     return Inference(pad, config.input_size if protocol == "sliding" else None, scales, flip)
+
+
+def prediction_inference(window: str | None, *, scales: tuple[float, ...], flip: bool) -> Inference:
+    """What predict.py's options ask for. window: "h,w" or None. Raises UserError for another window."""
+    if window is None:
+        return Inference(scales=scales, flip=flip)
+    try:
+        height, width = parse_size(window)
+    except ValueError:
+        height, width = 0, 0
+    if min(height, width) < SMALLEST:
+        raise UserError(f'--window {window}: expected "height,width" of at least {SMALLEST}, for example 512,512')
+    return Inference(window=(height, width), scales=scales, flip=flip)
+
+
+def predict_photo(
+    networks: Mapping[str, Any],
+    image: np.ndarray,
+    size: Size,
+    *,
+    model: str,
+    inference: Inference,
+    device: torch.device,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(h,w,3) uint8 RGB of any size -> (H,W) uint8 classes and (H,W) float32 probabilities of them, (H,W) = size.
+
+    What is larger than ``AT_ONCE`` pixels is predicted in windows of ``LARGE_WINDOW``.
+    """
+    images = torch.from_numpy(image).permute(2, 0, 1)[None].to(device).float().div_(255)
+    if inference.window is None and image.shape[0] * image.shape[1] > AT_ONCE:
+        inference = replace(inference, window=LARGE_WINDOW)
+    found = predict_all(networks, images, size, inference=inference, wanted=frozenset([model]))[model]
+    confidence, label = found[0].max(dim=0)
+    return label.byte().cpu().numpy(), confidence.cpu().numpy()
 
 
 @torch.no_grad()

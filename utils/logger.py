@@ -83,7 +83,8 @@ def print_result(evaluation: Evaluation, checkpoint: Path, *, again: Sequence[st
     print(f"run folder          {folder}")
     if (folder / "picture.png").is_file():
         print(f"picture             {folder / 'picture.png'}")
-    print(f"curves              tensorboard --logdir {shlex.quote(str(folder))}")
+    if any(folder.glob("events.*")):
+        print(f"curves              tensorboard --logdir {shlex.quote(str(folder))}")
     print(f"evaluate again      {command}")
     if "--save-output-images" not in again:
         print(f"write predictions   {command} --save-output-images")

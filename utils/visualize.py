@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 
 def voc_palette(count: int = 256) -> list[list[int]]:
@@ -36,6 +36,31 @@ def colorize(label: np.ndarray, palette: Sequence[Sequence[int]] | None, *, igno
     colors[: len(palette or [])] = np.array(palette or np.empty((0, 3)), dtype=np.uint8)
     colors[ignore_label] = 255
     return colors[label]
+
+
+def draw_overlay(
+    image: np.ndarray, label: np.ndarray, *, class_names: Sequence[str], palette: Sequence[Sequence[int]] | None
+) -> Image.Image:
+    """(H,W,3) uint8 RGB under the colors of (H,W) class ids, and below it the colors of the classes that are there."""
+    height, width = label.shape
+    colors = colorize(np.arange(len(class_names)), palette, ignore_label=255)
+    counts = np.bincount(label.ravel(), minlength=len(class_names))
+    present = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    size = max(12, min(width, height) // 28)
+    font = ImageFont.load_default(size)
+    texts = [f"{class_names[index]} {100 * counts[index] / label.size:.1f} %" for index in present]
+    cell = int(max(font.getlength(text) for text in texts)) + 3 * size
+    columns = max(1, width // cell)
+    rows = -(-len(present) // columns)
+    canvas = Image.new("RGB", (max(width, cell), height + int((1.6 * rows + 0.6) * size)), "white")
+    canvas.paste(Image.fromarray(((image.astype(np.uint16) + colors[label]) // 2).astype(np.uint8)), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for place, (index, text) in enumerate(zip(present, texts, strict=True)):
+        left = (place % columns) * cell + size // 2
+        top = height + int((0.6 + 1.6 * (place // columns)) * size)
+        draw.rectangle((left, top, left + size, top + size), fill=tuple(colors[index]), outline="gray")
+        draw.text((left + 1.5 * size, top + size / 2), text, fill="black", font=font, anchor="lm")
+    return canvas
 
 
 def save_confusion(path: Path, matrix: np.ndarray, *, class_names: Sequence[str], title: str) -> None:
