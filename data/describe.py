@@ -175,8 +175,9 @@ def _name_ends(photo_ids: list[str], mask_ids: list[str]) -> tuple[str, str]:
         for mask in masks[:2000]:
             common = next((i for i, (a, b) in enumerate(zip(photo, mask, strict=False)) if a != b), len(photo))
             start = re.split(r"[_\-. ]*$", photo[:common])[0]
-            if start and not start.endswith("/") and not (photo + mask)[len(start) : len(start) + 1].isalnum():
-                votes[photo[len(start) :], mask[len(start) :]] += 1
+            ends = photo[len(start) :], mask[len(start) :]
+            if start and not start.endswith("/") and not any(end[:1].isalnum() for end in ends):
+                votes[ends] += 1
     return votes.most_common(1)[0][0] if votes else ("", "")
 
 

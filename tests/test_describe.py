@@ -1,0 +1,241 @@
+"""A folder of images and label maps described as a configuration, whatever its layout."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import DatasetFiles
+from data.describe import describe
+from data.splits import read_ids
+from utils.config import check_config
+from utils.errors import UserError
+from utils.visualize import write_label
+
+IDS = [f"{index:04d}" for index in range(24)]
+
+
+def photo(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (60, 50), (90, 80, 70)).save(path)
+
+
+def mask(path: Path, *values: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    label = np.zeros((50, 60), np.uint8)
+    label[0, : len(values)] = values
+    Image.fromarray(label).save(path)
+
+
+def described(root: Path, **options: Any) -> tuple[dict[str, Any], DatasetFiles, str]:
+    """The dataset's block, its files as a run will read them, and the notes."""
+    found = describe(root, name="mine", lists=root.parent / "lists", **options)
+    config = check_config(found.values, source="test")
+    files = DatasetFiles(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files.check_for_training()
+    return found.values["dataset"], files, "\n".join(found.notes)
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "patterns"),
+    [
+        ("images/{id}.jpg", "masks/{id}.png", ("images/{id}.jpg", "masks/{id}.png")),
+        ("{id}.jpg", "{id}.png", ("{id}.jpg", "{id}.png")),
+        ("{id}.JPEG", "gt/{id}_mask.png", ("{id}.JPEG", "gt/{id}_mask.png")),
+        ("rgb/{id}_rgb.png", "lab/{id}_label.png", ("rgb/{id}_rgb.png", "lab/{id}_label.png")),
+        ("all/photos/{id}.png", "all/ids/{id}.png", ("all/photos/{id}.png", "all/ids/{id}.png")),
+    ],
+)
+def test_layouts(tmp_path: Path, image: str, label: str, patterns: tuple[str, str]):
+    root = tmp_path / "root"
+    for index, name in enumerate(IDS):
+        Path(root / image.replace("{id}", name)).parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(index)
+        Image.fromarray(rng.integers(0, 256, (50, 60, 3), dtype=np.uint8)).save(root / image.replace("{id}", name))
+        mask(root / label.replace("{id}", name), 0, 1, 2, 255)
+    block, files, _ = described(root)
+    assert (block["images"], block["labels"], block["num_classes"]) == (*patterns, 3)
+    assert len(files.ids("val")) == 2
+    assert len(files.ids("labeled")) == 3, "1/8 of 22, rounded"
+    assert len(files.ids("unlabeled")) == 19
+
+
+def test_folders_named_train_and_val_become_lists(tmp_path: Path):
+    root = tmp_path / "root"
+    for split, ids in (("train", IDS[:16]), ("val", IDS[16:])):
+        for name in ids:
+            photo(root / f"images/{split}/{name}.jpg")
+            mask(root / f"masks/{split}/{name}.png", 0, 1)
+    block, files, _ = described(root, labeled="1/4")
+    assert block["val"] == "val/*"
+    assert files.ids("val") == [f"val/{name}" for name in IDS[16:]]
+    assert len(files.ids("labeled")) == 4
+    assert all(name.startswith("train/") for name in files.ids("labeled") + files.ids("unlabeled"))
+
+
+def test_images_without_a_label_map_are_the_unlabeled_ones(tmp_path: Path):
+    root = tmp_path / "root"
+    for index, name in enumerate(IDS):
+        photo(root / f"images/{name}.jpg")
+        if index < 10:
+            mask(root / f"masks/{name}.png", 0, 1, 2)
+    _, files, notes = described(root, val="2")
+    assert files.ids("unlabeled") == IDS[10:]
+    assert set(files.ids("labeled")) | set(files.ids("val")) == set(IDS[:10])
+    assert "labeled images      8: all that have a label map" in notes
+
+
+def test_lists_that_are_there_are_used(tmp_path: Path):
+    root = tmp_path / "root"
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        mask(root / f"masks/{name}.png", 0, 1)
+    for name, ids in (("labeled", IDS[:4]), ("unlabeled", IDS[4:12]), ("val", IDS[12:18]), ("test", IDS[18:])):
+        (root / f"lists/{name}.txt").parent.mkdir(exist_ok=True)
+        (root / f"lists/{name}.txt").write_text("\n".join(ids))
+    (root / "readme_train.txt").write_text("how to train with this\n")
+    block, files, _ = described(root)
+    assert {key: block[key] for key in ("labeled", "unlabeled", "val", "test")} == {
+        key: f"lists/{key}.txt" for key in ("labeled", "unlabeled", "val", "test")
+    }
+    assert files.ids("labeled") == IDS[:4]
+    assert not (tmp_path / "lists").exists(), "nothing had to be written"
+
+
+def test_of_several_lists_of_labeled_images_one_is_chosen_by_name_and_its_neighbour_with_it(tmp_path: Path):
+    root = tmp_path / "root"
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        mask(root / f"masks/{name}.png", 0, 1)
+    for seed in (0, 1):
+        folder = root / f"splits/seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "labeled.txt").write_text("\n".join(IDS[seed : seed + 3]))
+        (folder / "unlabeled.txt").write_text("\n".join(IDS[4:16]))
+    (root / "val.txt").write_text("\n".join(IDS[16:]))
+    _, files, notes = described(root)
+    assert "several lists       labeled: splits/seed0/labeled.txt, splits/seed1/labeled.txt" in notes
+    assert len(files.ids("labeled")) == 2, "1/8 of 16, drawn"
+    block, files, _ = described(root, labeled="splits/seed1/labeled.txt")
+    assert block["unlabeled"] == "splits/seed1/unlabeled.txt"
+    assert files.ids("labeled") == IDS[1:4]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((0, 1, 2), {"num_classes": 3}),
+        ((0, 1, 2, 255), {"num_classes": 3}),
+        ((0, 255), {"names": ["background", "foreground"], "label_ids": [0, 255]}),
+        ((0, 38, 75), {"num_classes": 3, "label_ids": [0, 38, 75]}),
+        ((0, 1, 3), {"num_classes": 4}),
+    ],
+)
+def test_classes_from_ids(tmp_path: Path, values: tuple[int, ...], expected: dict[str, Any]):
+    root = tmp_path / "root"
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        mask(root / f"masks/{name}.png", *values)
+    block, _, _ = described(root)
+    assert {key: block[key] for key in ("names", "num_classes", "label_ids") if key in block} == expected
+
+
+def test_names_and_palette_from_a_file(tmp_path: Path):
+    root = tmp_path / "root"
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        write_label(root / f"masks/{name}.png", np.eye(50, 60, dtype=np.uint8), None)
+    about = {"names": ["road", "car", "sky"], "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]], "ignore_index": 254}
+    (root / "classes.json").write_text(json.dumps(about))
+    found = describe(root, name="mine", lists=tmp_path / "lists")
+    assert found.values["ignore_label"] == 254
+    assert found.values["dataset"]["names"] == about["names"]
+    assert found.values["dataset"]["palette"] == about["palette"]
+    (root / "classes.json").unlink()
+    (root / "classes.txt").write_text("road\ncar\n\n")
+    assert describe(root, name="mine", lists=tmp_path / "lists").values["dataset"]["names"] == ["road", "car"]
+
+
+def test_known_layouts_become_their_shipped_configuration(tmp_path: Path):
+    (tmp_path / "leftImg8bit/train").mkdir(parents=True)
+    (tmp_path / "gtFine/train").mkdir(parents=True)
+    values = describe(tmp_path, name="mine", lists=tmp_path / "lists").values
+    assert (values["dataset"], values["data_root"], values["ignore_label"]) == ("cityscapes", str(tmp_path), 250)
+    voc = tmp_path / "voc"
+    for part in (
+        "SegmentationClassAug/x.png",
+        "ImageSets/Segmentation/train_aug.txt",
+        "ImageSets/Segmentation/val.txt",
+    ):
+        (voc / part).parent.mkdir(parents=True, exist_ok=True)
+        (voc / part).touch()
+    assert describe(voc, name="mine", lists=tmp_path / "lists").values["dataset"] == "pascal_voc"
+
+
+def test_vocs_object_maps_are_not_taken_for_classes(tmp_path: Path):
+    root = tmp_path / "root"
+    for name in IDS:
+        photo(root / f"JPEGImages/{name}.jpg")
+        for folder in ("SegmentationObject", "SegmentationClass"):
+            write_label(root / f"{folder}/{name}.png", np.eye(50, 60, dtype=np.uint8), None)
+    block, _, _ = described(root)
+    assert block["labels"] == "SegmentationClass/{id}.png"
+
+
+def colored(root: Path) -> None:
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        photo(root / f"masks/{name}.png")
+
+
+def unrelated(root: Path) -> None:
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        mask(root / f"masks/other{name}.png", 0, 1)
+
+
+def empty(root: Path) -> None:
+    root.mkdir()
+
+
+def ignored(root: Path) -> None:
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        path = root / f"masks/{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((50, 60), 255, np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (colored, r"48 images, but no label maps: .*Colored \(RGB\) or 16-bit label maps must be converted"),
+        (unrelated, "24 photographs and 24 label maps, but no names that agree"),
+        (empty, "no photographs"),
+        (ignored, "hold nothing but 255"),
+        (lambda root: None, "no such folder"),
+    ],
+)
+def test_folders_that_cannot_be_described_say_why(tmp_path: Path, build: Any, message: str):
+    build(tmp_path / "root")
+    with pytest.raises(UserError, match=message):
+        describe(tmp_path / "root", name="mine", lists=tmp_path / "lists")
+    assert not (tmp_path / "lists").exists()
+
+
+def test_running_it_twice_finds_its_own_lists(tmp_path: Path):
+    root = tmp_path / "root"
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        mask(root / f"masks/{name}.png", 0, 1)
+    first = describe(root, name="mine", lists=tmp_path / "lists")
+    second = describe(root, name="mine", lists=tmp_path / "lists")
+    assert first.values == second.values
+    assert "(was there)" in "\n".join(second.notes)
+    assert len(read_ids(tmp_path / "lists/val.txt")) == 2
