@@ -130,7 +130,13 @@ def _families(root: Path) -> tuple[dict[Place, list[str]], dict[Place, list[str]
             above, below_it = "/".join(parts[:depth]), "/".join(parts[depth:])
             ids = (f"{below_it}/{stem}" if below_it else stem for stem in stems)
             kind.setdefault((above, ending), []).extend(ids)
-    return photos, masks
+    return _large(photos), _large(masks)
+
+
+def _large(places: dict[Place, list[str]]) -> dict[Place, list[str]]:
+    """Without places that hold less than a tenth of the files: one of many folders of a kind is no dataset."""
+    most = max(map(len, places.values()), default=0)
+    return {place: ids for place, ids in places.items() if 10 * len(ids) >= most}
 
 
 def _holds_masks(root: Path, folder: str, ending: str, stems: list[str]) -> bool:

@@ -250,7 +250,7 @@ def by_hand(network: SegmentationNetwork, path: Path) -> Tensor:
 def test_predictions_of_a_release_checkpoint_equal_a_computation_by_hand(tmp_path: Path):
     state = release_checkpoint()
     torch.save(state, tmp_path / "checkpoint-iter160000.pth")
-    ids = (VOC / "ImageSets/Segmentation/val.txt").read_text().split()[:3]
+    ids = (VOC / "ImageSets/Segmentation/val.txt").read_text().split()[:2]
     root = tmp_path / "voc"
     for folder in ("JPEGImages", "SegmentationClass"):
         (root / folder).mkdir(parents=True)
@@ -277,4 +277,53 @@ def test_predictions_of_a_release_checkpoint_equal_a_computation_by_hand(tmp_pat
         assert len(predicted.unique()) > 1, "one class everywhere would prove little"
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["protocol"] == "release"
-    assert (result["labeled"], result["step"], result["images"]) == (212, 160000, 3)
+    assert (result["labeled"], result["step"], result["images"]) == (212, 160000, 2)
+
+
+# ------------------------------------------------------------------------------------------------ by command
+
+
+def made_up(dataset: str, root: Path) -> None:
+    """A small tree in the dataset's own layout with as many training images as the release's file wants."""
+    rng = np.random.default_rng(0)
+    if dataset == "pascal_voc":
+        names = [f"2007_{index:06d}" for index in range(216)]
+        lists = root / "ImageSets/Segmentation"
+        lists.mkdir(parents=True)
+        (lists / "train_aug.txt").write_text("\n".join(names[:214]))
+        (lists / "val.txt").write_text("\n".join(names[214:]))
+        paths = [(root / f"JPEGImages/{n}.jpg", root / f"SegmentationClassAug/{n}.png") for n in names]
+        values = np.array([0, 3, 20, 255], np.uint8)
+    else:
+        ids = [f"{'train' if i < 374 else 'val'}/ulm/ulm_{i:06d}_000019" for i in range(376)]
+        paths = [(root / f"leftImg8bit/{i}_leftImg8bit.png", root / f"gtFine/{i}_gtFine_labelIds.png") for i in ids]
+        values = np.array([0, 7, 11, 33], np.uint8)
+    for image, label in paths:
+        for path in (image, label):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 64, 3), dtype=np.uint8)).save(image)
+        Image.fromarray(values[rng.integers(0, 4, (40, 64))]).save(label)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["pascal_voc", "cityscapes"])
+def test_the_releases_files_train_unchanged_with_both_scripts(dataset: str, tmp_path: Path):
+    """But for what makes it small: the network, its weights, the number of steps, and where runs and data lie."""
+    made_up(dataset, tmp_path / "data")
+    (tmp_path / "config.json").write_text(json.dumps(release_values(dataset)))
+    changes = {
+        "backbone": "resnet18", "backbone_width": 8, "feature_channels": 32, "pretrained": "none",
+        "training.num_iterations": 1, "training.batch_size": 2, "utils.checkpoint_dir": str(tmp_path / "runs"),
+    }  # fmt: skip
+    small = [f"--set={key}={value}" for key, value in changes.items()]
+    for script in ("cross_teacher_contr.py", "cross_teacher_deeplabv3+.py"):
+        done = run(script, "-c", tmp_path / "config.json", "-n", "moved", "--data-root", tmp_path / "data", *small)
+        assert done.returncode == 0, done.stderr
+        split = 1 if dataset == "pascal_voc" else 0
+        drawn = f"warning: no splits/{dataset}/split_{split}.txt: the labeled images are drawn by a seeded permutation"
+        assert done.stderr.count(drawn) == 1
+        assert done.stderr.count("(labeled images: hash ") == 1
+    few = run(script, "-c", tmp_path / "config.json", "-n", "few", "--data-root", tmp_path / "data", *small,
+              "--set=training.data.labeled_samples=5000")  # fmt: skip
+    assert few.returncode == 2
+    assert "labeled_samples is 5000, but the training list has" in few.stderr
