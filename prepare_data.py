@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -41,11 +42,13 @@ def init(args: argparse.Namespace) -> int:
     text = json.dumps(values, indent=2) + "\n"
     if output.exists() and output.read_text(encoding="utf-8") != text:
         raise UserError(f"{output}: is there already, and differs; remove it, or choose another --output or --name")
+    found.write_lists()
     output.write_text(text, encoding="utf-8")
     script = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "'cross_teacher_deeplabv3+.py'"}[config.model]
-    print("\n".join([*found.notes, f"configuration       {output}", ""]))
-    print(f"check the data      python3 prepare_data.py check {output}")
-    print(f"train               python3 {script} --config {output} --name {name}")
+    shown = shlex.quote(str(output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output))
+    print("\n".join([*found.notes, f"configuration       {shown}", ""]))
+    print(f"check the data      python3 prepare_data.py check {shown}")
+    print(f"train               python3 {script} --config {shown} --name {name}")
     return 0
 
 
@@ -56,6 +59,7 @@ def check(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as lists:
         if args.source.is_dir():
             found = describe(args.source, name=args.source.resolve().name, lists=Path(lists))
+            found.write_lists()
             print("\n".join([*found.notes, ""]))
             config = override_config(found.values, data_overrides(args), source=str(args.source))
         else:

@@ -37,16 +37,24 @@ class Layout:
 
 @dataclass
 class Description:
-    """values: of a configuration file. notes: what was found and decided, a line each."""
+    """values: of a configuration file. notes: what was found and decided, a line each. lists: still to be written."""
 
     values: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    lists: dict[Path, list[str]] = field(default_factory=dict)
+    seed: int = 0
+
+    def write_lists(self) -> None:
+        """Write the lists that the folder lacked. UserError where others are in their place."""
+        for path, ids in self.lists.items():
+            about = {"of": self.values["dataset"]["name"], "seed": self.seed, "images": len(ids)}
+            write_ids(path, ids, about=about)
 
 
 def describe(
     root: Path, *, name: str, lists: Path, labeled: str | None = None, val: str = "1/10", seed: int = 0
 ) -> Description:
-    """A configuration for the folder ``root``; lists that it lacks are written to ``lists``.
+    """A configuration for the folder ``root``; for lists that it lacks, ``lists`` is the folder. Writes nothing.
 
     labeled: a fraction, a count, or a list below root; by default the root's only list of labeled images, else all
     images that have a label map if others have none, else 1/8 of the training images. val: how many images become
@@ -65,10 +73,10 @@ def describe(
     found = Description({}, [
         f"images              {layout.images}: {len(layout.pairs) + len(layout.alone)}",
         f"label maps          {layout.labels}: {len(layout.pairs)}",
-    ])  # fmt: skip
+    ], seed=seed)  # fmt: skip
     block = {"name": name, "root": str(root), "images": layout.images, "labels": layout.labels}
     ignore_label = _describe_classes(root, layout, block, found.notes)
-    _Lists(root, layout, lists, found.notes, seed).describe(block, labeled, val)
+    _Lists(root, layout, lists, found).describe(block, labeled, val)
     shown = [root / layout.images.replace("{id}", one) for one in layout.pairs[:200]]
     side = min(LARGEST_CROP, int(median(min(image_size(path)) for path in shown)))
     found.values = {
@@ -212,7 +220,9 @@ def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: 
     paths = [root / layout.labels.replace("{id}", one) for one in layout.pairs]
     with ThreadPoolExecutor() as pool:
         values = list(tqdm(pool.map(_values, paths), total=len(paths), unit="label map", disable=None))
-    found = sorted(set().union(*values))
+    found = sorted(set().union(*(one for one in values if one is not None)))
+    damaged = sum(one is None for one in values)
+    notes.append(f"ids in label maps    {spans_text(set(found))}" + (f"; {damaged} cannot be read" if damaged else ""))
     given = _names_in_files(root)
     notes.append(f"ids in label maps    {spans_text(set(found))}")
     if given:
@@ -235,8 +245,12 @@ def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: 
     return 255
 
 
-def _values(path: Path) -> set[int]:
-    return set(np.unique(read_label(path)).tolist())
+def _values(path: Path) -> set[int] | None:
+    """The ids of a label map, None where it cannot be read: the check will say why."""
+    try:
+        return set(np.unique(read_label(path)).tolist())
+    except UserError:
+        return None
 
 
 def _names_in_files(root: Path) -> dict[str, Any] | None:
@@ -261,10 +275,11 @@ def _names_in_files(root: Path) -> dict[str, Any] | None:
 
 
 class _Lists:
-    """Finds the lists of a folder, and writes those that it lacks."""
+    """Finds the lists of a folder, and makes those that it lacks."""
 
-    def __init__(self, root: Path, layout: Layout, folder: Path, notes: list[str], seed: int) -> None:
-        self.root, self.layout, self.folder, self.notes, self.seed = root, layout, folder, notes, seed
+    def __init__(self, root: Path, layout: Layout, folder: Path, description: Description) -> None:
+        self.root, self.layout, self.folder = root, layout, folder
+        self.notes, self.made, self.seed = description.notes, description.lists, description.seed
         self.known = set(layout.pairs) | set(layout.alone)
         self.found = self._find()
 
@@ -281,8 +296,9 @@ class _Lists:
         if "val" not in block:
             rest = [one for one in self.layout.pairs if one not in held_out]
             order, _ = draw_order(rest, seed=self.seed)
-            block["val"] = self._write("val", sorted(order[: count_of(parse_amount(val), len(rest))]))
-            held_out |= set(self._ids(block["val"]))
+            drawn = sorted(order[: count_of(parse_amount(val), len(rest))])
+            block["val"] = self._make("val", drawn)
+            held_out |= set(drawn)
         train = self._only("train")
         ids = self._ids(train) if train else sorted(self.known)
         ids = [one for one in ids if one not in held_out]
@@ -296,7 +312,7 @@ class _Lists:
             beside = str(PurePosixPath(given).with_name("unlabeled.txt"))
             taken = set(self._ids(given))
             unlabeled = beside if beside in self.found["unlabeled"] else self._only("unlabeled")
-            unlabeled = unlabeled or self._write("unlabeled", [one for one in ids if one not in taken])
+            unlabeled = unlabeled or self._make("unlabeled", [one for one in ids if one not in taken])
             self.notes.append(f"labeled images      {given}: {len(taken)}")
             return {"labeled": given, "unlabeled": unlabeled}
         without = set(self.layout.alone)
@@ -314,7 +330,7 @@ class _Lists:
             )
         others = [one for one in ids if one not in set(chosen)]
         self.notes.append(f"labeled images      {len(chosen)}: {how}")
-        return {"labeled": self._write("labeled", chosen), "unlabeled": self._write("unlabeled", others)}
+        return {"labeled": self._make("labeled", chosen), "unlabeled": self._make("unlabeled", others)}
 
     def _find(self) -> dict[str, list[str]]:
         """role -> lists of this layout's ids below the root, shortest path first."""
@@ -339,7 +355,8 @@ class _Lists:
         exact = [one for one in lists if PurePosixPath(one).stem == role]
         chosen = exact if len(exact) == 1 else lists
         if len(chosen) > 1:
-            self.notes.append(f"several lists       {role}: {', '.join(chosen[:3])}{' ...' if len(chosen) > 3 else ''}")
+            more = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
+            self.notes.append(f"several lists       {role}: {', '.join(chosen[:3])}{more}; --labeled LIST takes one")
             if role in ("labeled", "unlabeled"):
                 return None
         return chosen[0] if chosen else None
@@ -347,18 +364,16 @@ class _Lists:
     def _ids(self, source: str) -> list[str]:
         if "*" in source:
             return sorted(one for one in self.known if one.startswith(source.split("*")[0]))
-        path = next((path for path in (self.root / source, PROJECT / source) if path.is_file()), Path(source))
+        path = self.root / source
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError):
             return []
         return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
-    def _write(self, role: str, ids: list[str]) -> str:
-        """Write a list; its path as the configuration names it."""
+    def _make(self, role: str, ids: list[str]) -> str:
+        """A list to be written; its path as the configuration names it."""
         path = self.folder / f"{role}.txt"
-        written = write_ids(path, ids, about={"seed": self.seed, "images": len(ids), "of": self.root.name})
-        self.notes.append(
-            f"{role + ' list':<20}{path}: {len(ids)}, hash {hash_of(ids)}{'' if written else ' (was there)'}"
-        )
+        self.made[path] = ids
+        self.notes.append(f"{role + ' list':<20}{path}: {len(ids)}, hash {hash_of(ids)}")
         return path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else str(path)

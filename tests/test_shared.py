@@ -69,3 +69,34 @@ def test_vocs_own_palette_files_are_read_as_ids_with_void_borders():
         assert ids - {255} <= set(range(21))
     bird = next(item for item in items if item.id == "2007_006449")
     assert set(np.unique(bird.label)) == {0, 2, 255}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAMVID.is_dir(), reason="needs the CamVid images in ../shared/camvid_voc")
+def test_a_folder_becomes_a_run_without_a_line_of_json(tmp_path: Path):
+    """init, check, twenty steps; smaller than its defaults, and with two validation images, to be quick."""
+
+    def command(*arguments: object) -> str:
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=PROJECT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    config = tmp_path / "camvid.json"
+    command("prepare_data.py", "init", CAMVID, "--name", "camvid", "--output", config, "--pretrained", "none",
+            "--backbone", "resnet18", "--labeled", "splits/1_8/seed0/labeled.txt")  # fmt: skip
+    checked = command("prepare_data.py", "check", config)
+    assert checked.splitlines()[-1] == "ready to train"
+    assert "7ca91b5b2844  splits/1_8/seed0/labeled.txt" in checked
+    (tmp_path / "two.txt").write_text("\n".join((CAMVID / "ImageSets/Segmentation/val.txt").read_text().split()[:2]))
+    small = {
+        "training.num_iterations": 20, "training.num_workers": 0, "training.data.input_size": "64,64",
+        "training.batch_size": 2, "backbone_width": 16, "feature_channels": 32,
+        "dataset.val": str(tmp_path / "two.txt"), "utils.checkpoint_dir": str(tmp_path / "runs"),
+    }  # fmt: skip
+    overrides = [f"--set={key}={json.dumps(value)}" for key, value in small.items()]
+    trained = command("cross_teacher_deeplabv3+.py", "--config", config, "--name", "camvid", *overrides)
+    assert "bicyclist" in trained
+    assert "step 20" in trained
