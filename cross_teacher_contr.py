@@ -19,15 +19,14 @@ def main() -> int:
     from utils.evaluate import Evaluation, evaluate
     from utils.inference import inference_for
     from utils.logger import print_result
-    from utils.run import code_version, start_run
+    from utils.run import check_request, code_version, start_run
     from utils.trainer import Trainer, build_optimizer
     from utils.visualize import save_picture
 
+    check_request(name=args.name, resume=args.resume, device=args.device)
     files = DatasetFiles(config)
     files.check_for_training()
     facts = files.about_labeled()
-    if args.save_images:
-        args.save_images.mkdir(parents=True, exist_ok=True)
     students = build_students(config)
     run = start_run(config, name=args.name, resume=args.resume, device=args.device)
     method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled"))).to(run.device)

@@ -21,10 +21,11 @@ from data.decode import read_image
 from data.transforms import random_crop, resize
 from utils.batch import Batch
 from utils.config import DataConfig, parse_size
-from utils.errors import UserError
+from utils.errors import UserError, loader_errors
 from utils.randomness import keyed_seed
 
 Item = TypeVar("Item")
+SUBSTITUTES = 10  # images tried in place of a damaged one
 
 
 class EvaluationImage(NamedTuple):
@@ -39,9 +40,16 @@ class Loader(Generic[Item]):
     """A DataLoader whose samples' UserErrors reach the caller as they are, also from a worker process."""
 
     def __init__(
-        self, dataset: "Dataset[Any]", indices: Sequence[int], collate: Callable[[list[Any]], Item], **options: Any
+        self,
+        dataset: "Dataset[Any]",
+        indices: Sequence[int],
+        collate: Callable[[list[Any]], Item],
+        *,
+        timeout: float,
+        **options: Any,
     ) -> None:
         workers = options.get("num_workers", 0)
+        options["timeout"] = timeout if workers else 0
         self.loader = DataLoader(
             dataset,
             sampler=indices,
@@ -57,10 +65,11 @@ class Loader(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         iterator = iter(self.loader)
         try:
-            for item in iterator:
-                if isinstance(item, UserError):
-                    raise item
-                yield item
+            with loader_errors():
+                for item in iterator:
+                    if isinstance(item, UserError):
+                        raise item
+                    yield item
         finally:  # at once, not when the iterator happens to be collected: its workers hear no signal
             getattr(iterator, "_shutdown_workers", lambda: None)()
 
@@ -82,13 +91,25 @@ class TrainingCrops(Dataset[Batch | UserError]):
         return self.ids[self._order[place]]
 
     def __getitem__(self, position: int) -> Batch | UserError:
+        identifier = self.id_at(position)
         try:
-            return self._crop(position)
+            return self._crop(position, identifier)
         except UserError as error:  # a value, so that no worker's traceback is wrapped around it
-            return error
+            return self._substitute(position, error) if self.files.config.training.data.bad_sample == "skip" else error
 
-    def _crop(self, position: int) -> Batch:
-        config, identifier = self.files.config, self.id_at(position)
+    def _substitute(self, position: int, error: UserError) -> Batch | UserError:
+        """The same crop of another image, drawn by the position alone; the error if ten in a row are damaged too."""
+        rng = np.random.default_rng(keyed_seed(self.files.config.seed, self.stream, "substitute", position))
+        messages = [str(error)]
+        for other in rng.integers(len(self.ids), size=SUBSTITUTES):
+            try:
+                return self._crop(position, self.ids[other])._replace(bad=tuple(messages))
+            except UserError as again:
+                messages.append(str(again))
+        return error
+
+    def _crop(self, position: int, identifier: str) -> Batch:
+        config = self.files.config
         if self.stream == "labeled":
             image, label = self.files.read_pair(identifier)
         else:
@@ -141,6 +162,7 @@ def training_loader(files: DatasetFiles, stream: str, *, start_step: int) -> Loa
         TrainingCrops(files, stream),
         positions,
         _join_crops,
+        timeout=training.data.timeout,
         batch_size=size,
         num_workers=workers,
     )
@@ -151,8 +173,15 @@ def evaluation_loader(
 ) -> Loader[list[EvaluationImage]]:
     """Lists of at most ``batch_size`` images of a split, in the order of its list."""
     images = EvaluationImages(files, split, protocol)
-    workers = files.config.training.num_workers
-    return Loader(images, range(len(images)), list, batch_size=batch_size, num_workers=workers)
+    training = files.config.training
+    return Loader(
+        images,
+        range(len(images)),
+        list,
+        timeout=training.data.timeout,
+        batch_size=batch_size,
+        num_workers=training.num_workers,
+    )
 
 
 def preview_batch(files: DatasetFiles, count: int = 3) -> Batch:
@@ -193,8 +222,9 @@ def _crop_batch(
 
 
 def _join_crops(crops: list[Batch]) -> Batch:
-    images, labels, valid, ids = zip(*crops, strict=True)
-    return Batch(torch.stack(images), torch.stack(labels), torch.stack(valid), [name for one in ids for name in one])
+    images, labels, valid, ids, bad = zip(*crops, strict=True)
+    names, messages = [name for one in ids for name in one], tuple(message for one in bad for message in one)
+    return Batch(torch.stack(images), torch.stack(labels), torch.stack(valid), names, messages)
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:

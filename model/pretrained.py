@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.models import get_model_weights
 
 from model.network import SegmentationNetwork, WeightsConvention
-from utils.checkpoint import FORMAT
-from utils.errors import WeightsError
+from utils.checkpoint import FORMAT, read_file
+from utils.errors import CheckpointError, WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -230,12 +230,9 @@ def _read_weights(path: Path, peer: int) -> tuple[dict[str, Tensor], str | None]
     A training checkpoint's tensors are under "state_dict" or "model"; of one of ours, the student's are taken.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything; the user needs the file's name
-        raise WeightsError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}): it is damaged, is no PyTorch "
-            "file, or holds code, which is never run; save its state dict alone"
-        ) from error
+        loaded = read_file(path)
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from None
     dataset, prefix = None, ""
     if isinstance(loaded, Mapping):
         config = loaded.get("config")

@@ -83,7 +83,7 @@ def test_every_file_is_loaded_with_literal_weights_only():
                 value = given.get("weights_only")
                 assert isinstance(value, ast.Constant), path
                 assert value.value is True, path
-    assert calls >= 2
+    assert calls == 1, "one place reads files"
 
 
 def test_every_module_and_public_function_says_what_it_is():

@@ -207,7 +207,7 @@ def test_wrong_predictions_are_refused_with_status_2_and_nothing_is_written(tmp_
     out = tmp_path / "out"
     for arguments, message in (
         ([tmp_path / "gone.pth", photo, out], "gone.pth: no such checkpoint"),
-        ([tmp_path / "no.pth", photo, out], "no.pth: not a readable checkpoint"),
+        ([tmp_path / "no.pth", photo, out], "no.pth: not a readable PyTorch file"),
         ([checkpoint, tmp_path / "gone", out], "gone: expected an image"),
         ([checkpoint, photo, out, "--model", "student_2"], "no model student_2; it has: student_0"),
         ([checkpoint, photo, out, "--scales", "9"], "'9' is no factor"),

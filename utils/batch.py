@@ -13,15 +13,17 @@ class Batch(NamedTuple):
     labels: (B,H,W) int64 class ids, ``ignore_label`` where a pixel does not count: everywhere in unlabeled images
     valid:  (B,H,W) bool, False where the pixel is only padding
     ids:    the B names of the images
+    bad:    a message for each image that could not be read and has another in its place
     """
 
     images: Tensor
     labels: Tensor
     valid: Tensor
     ids: list[str]
+    bad: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """On the device, with float32 images in [0,1]."""
         images = self.images.to(device, non_blocking=True).float().div_(255)
         labels, valid = (part.to(device, non_blocking=True) for part in (self.labels, self.valid))
-        return Batch(images, labels, valid, self.ids)
+        return self._replace(images=images, labels=labels, valid=valid)

@@ -1,6 +1,9 @@
 """Checkpoints: one file with everything, written so that a crash never leaves half of one, read with suspicion."""
 
 import os
+import pickle
+import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,17 +12,22 @@ import torch
 
 from utils.errors import CheckpointError, StorageError
 
+UNFINISHED = ".tmp"  # ending of a file that is being written
 FORMAT, VERSION = "cross-teacher-training", 1
 RECORDS = ("step", "best", "config", "facts", "method", "optimizer")  # what a run needs to go on
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any], *, keep_old_as: Path | None = None) -> None:
     """Write tensors and plain Python values to ``path``; the file there is the old one or the new one, never a mixture.
 
+    keep_old_as: another name for the file that is there now.
     Raises StorageError when the disk is full or not writable; the old file is then intact and nothing is left over.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + UNFINISHED)
     try:
+        if keep_old_as is not None and path.exists():
+            keep_old_as.unlink(missing_ok=True)
+            os.link(path, keep_old_as)  # a second name, so that at no moment there is none
         with temporary.open("wb") as file:
             torch.save({"format": FORMAT, "version": VERSION} | state, file)
             file.flush()
@@ -30,9 +38,36 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         os.close(folder)
     except (OSError, RuntimeError) as error:  # a full disk inside torch.save is a RuntimeError
         temporary.unlink(missing_ok=True)
+        need, free = _size_of(state) / 2**20, shutil.disk_usage(path.parent).free / 2**20
         raise StorageError(
-            f"{path}: cannot write this checkpoint ({error}); is the disk full? Any older one is intact"
+            f"{path}: cannot write this checkpoint ({error}); it needs {need:,.1f} MiB, {free:,.1f} MiB are free. "
+            "Any older one is intact; free some room, or lower utils.keep_checkpoints"
         ) from error
+
+
+def _size_of(state: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(_size_of(one) for one in inner)
+
+
+def older_name(path: Path, step: int) -> Path:
+    """What the checkpoint of a step is called once a newer one has taken its name."""
+    return path.with_name(f"{path.stem}_{step:07d}{path.suffix}")
+
+
+def older_checkpoints(path: Path) -> list[Path]:
+    """The older ones that were kept beside ``path``, newest first."""
+    found = path.parent.glob(f"{path.stem}_*{path.suffix}")
+    return sorted((one for one in found if re.fullmatch(r"\d{7,}", one.stem.rpartition("_")[2])), reverse=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Files that a killed process did not finish writing."""
+    for path in folder.glob(f"*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def read_file(path: Path) -> Any:
@@ -49,7 +84,9 @@ def read_file(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason})") from error
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to run what is in the file
+            reason = "damaged, or it holds more than tensors and plain values, which is never executed"
+        raise CheckpointError(f"{path}: not a readable PyTorch file ({type(error).__name__}: {reason})") from error
 
 
 def _check_archive(path: Path) -> None:

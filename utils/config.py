@@ -199,6 +199,11 @@ class DataConfig(Section):
     scale_range: tuple[Rate, Rate] = Field((0.5, 1.5), description="the factor's range")
     crop: bool = Field(True, description="crop at a random place; false: in the middle")
     flip: bool = Field(True, description="mirror left-right with probability 0.5")
+    bad_sample: Literal["stop", "skip"] = Field(
+        "stop", description="a damaged training file: stop with its name, or take another image in its place and say so"
+    )
+    bad_sample_limit: NotNegative = Field(10, description="with skip: more different damaged files stop the run")
+    timeout: NotNegative = Field(300, description="seconds without a batch from a loading process, 0: wait for ever")
 
     @field_validator("input_size")
     @classmethod
@@ -293,6 +298,9 @@ class TrainingConfig(Section):
     use_sync_batchnorm: bool = Field(
         False, description="BatchNorm over all processes; this version trains in one and says so"
     )
+    deterministic: bool = Field(
+        False, description="on a GPU: the same bits every time where torch can, slower; a CPU always does"
+    )
     warmup_iters: NotNegative | None = Field(None, description="accepted and ignored, as in the release")
     data: DataConfig = DataConfig()
     unlabeled: UnlabeledConfig = UnlabeledConfig()
@@ -311,6 +319,7 @@ class UtilsConfig(Section):
 
     checkpoint_dir: str = Field("runs", description="where run folders are made")
     save_checkpoint_every: Positive = Field(10000, description="steps between checkpoints")
+    keep_checkpoints: Positive = Field(2, description="the last one, and older ones that `--resume auto` falls back to")
     save_best_model: bool = Field(True, description="keep `best_model.pth`, by the ensemble's validation mIoU")
     val_per_iter: Positive = Field(1000, description="steps between validations")
     val_protocol: Literal["release", "original", "sliding"] = Field(
@@ -454,8 +463,9 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 # May differ between two runs that compute the same.
 FREE_KEYS = (
-    *("utils.checkpoint_dir", "utils.save_", "utils.val_per_iter", "utils.tensorboard", "utils.log_per_iter"),
-    *("training.num_workers", "data_root", "dataset.root", "dataset.test", "dataset.palette"),
+    *("utils.checkpoint_dir", "utils.save_", "utils.keep_", "utils.val_per_iter", "utils.tensorboard"),
+    *("utils.log_per_iter", "training.num_workers", "training.data.timeout", "training.data.bad_sample_limit"),
+    *("data_root", "dataset.root", "dataset.test", "dataset.palette"),
 )
 
 

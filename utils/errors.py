@@ -9,7 +9,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -24,6 +25,12 @@ class CheckpointError(UserError):
 
 class StorageError(UserError):
     """A disk that is full, or a file that cannot be written."""
+
+    exit_status = 3
+
+
+class LoaderError(UserError):
+    """A process that loads images died, or gives no sign of life."""
 
     exit_status = 3
 
@@ -44,6 +51,21 @@ class DataError(UserError):
     """A dataset that cannot be downloaded, is incomplete, or is not what its checksum says."""
 
     exit_status = 5
+
+
+@contextmanager
+def loader_errors() -> Iterator[None]:
+    """What torch's DataLoader raises as RuntimeError, anywhere in the main process, as a LoaderError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise LoaderError(
+            f"{reason}. A dead one was mostly killed for want of memory: fewer training.num_workers. One that hangs "
+            "waits for the disk or the network: look there, or raise training.data.timeout"
+        ) from None
 
 
 # What a full or broken disk answers, often without a file name.

@@ -1,10 +1,13 @@
 """A run: its folder, its device, where it continues, how it is told to stop."""
 
 import datetime
+import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, older_checkpoints, remove_leftovers
 from utils.config import Config, different_keys, dump_config
 from utils.errors import CheckpointError, UserError
 
@@ -22,12 +25,21 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass
 class Run:
-    """folder: where everything of the run goes. checkpoint: what it continues from, or None."""
+    """folder: where everything of the run goes. checkpoint: what it continues from, or None.
+
+    step_on_disk: of the folder's checkpoint.pth, None where there is none or a damaged one.
+    """
 
     folder: Path
     device: torch.device
     checkpoint: dict[str, Any] | None = None
+    step_on_disk: int | None = None
     stop_signal: int | None = field(default=None)
+    lock: Any = field(default=None, repr=False)  # an open file; the lock lasts as long as the process
+
+    def __post_init__(self) -> None:
+        self.lock = _lock(self.folder)
+        remove_leftovers(self.folder)
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -46,25 +58,75 @@ class Run:
                 signal.signal(number, handler)
 
 
-def start_run(config: Config, *, name: str, resume: str | None, device: str) -> Run:
-    """Make the run's folder, or find the one to continue, and write config.json there.
-
-    Raises UserError for a name that is no file name, CheckpointError for a checkpoint that does not fit the config.
-    """
+def check_request(*, name: str, resume: str | None, device: str) -> None:
+    """What can be said of a training command before its data are looked at; raises as ``start_run``."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
         raise UserError(
             f"--name {name!r}: expected letters, digits and . _ + - only, because it becomes a folder's name"
         )
+    choose_device(device)
+    if resume not in (None, "auto") and not Path(resume).exists():
+        raise CheckpointError(f"{resume}: no such checkpoint")
+
+
+def start_run(config: Config, *, name: str, resume: str | None, device: str) -> Run:
+    """Make the run's folder, or find the one to continue, and write config.json there.
+
+    Raises UserError for a name that is no file name or a folder that another process trains in, CheckpointError for a
+    checkpoint that is damaged or does not fit the config. Only "auto" goes back to an older checkpoint, and says so.
+    """
+    check_request(name=name, resume=resume, device=device)
+    if config.training.deterministic:
+        make_deterministic()
     where = choose_device(device)
     path = newest_checkpoint(config, name) if resume == "auto" else Path(resume) if resume else None
     path = path / "checkpoint.pth" if path is not None and path.is_dir() else path
-    if path is not None:
-        checkpoint = load_checkpoint(path)
-        refuse_other_config(path, json.loads(checkpoint["config"]), dump_config(config))
-        return Run(path.parent, where, checkpoint)
-    folder = _new_folder(Path(config.utils.checkpoint_dir), name)
-    (folder / "config.json").write_text(json.dumps(dump_config(config), indent=1) + "\n", encoding="utf-8")
-    return Run(folder, where)
+    if path is None:
+        folder = _new_folder(Path(config.utils.checkpoint_dir), name)
+        (folder / "config.json").write_text(json.dumps(dump_config(config), indent=1) + "\n", encoding="utf-8")
+        return Run(folder, where)
+    run = Run(path.parent, where)
+    found, checkpoint = _load_newest_good(path) if resume == "auto" else (path, load_checkpoint(path))
+    refuse_other_config(found, json.loads(checkpoint["config"]), dump_config(config))
+    run.checkpoint = checkpoint
+    run.step_on_disk = checkpoint["step"] if found.name == "checkpoint.pth" else None
+    return run
+
+
+def make_deterministic() -> None:
+    """Ask torch for the same bits every time on a GPU; torch warns of operations that cannot promise it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _load_newest_good(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A run's checkpoint, or the newest older one that is not damaged, with a warning."""
+    damaged: list[str] = []
+    for candidate in (path, *older_checkpoints(path)):
+        try:
+            checkpoint = load_checkpoint(candidate)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            warnings.warn(
+                f"{damaged[0]}. Continuing from the older {candidate} of step {checkpoint['step']}", stacklevel=3
+            )
+        return candidate, checkpoint
+    raise CheckpointError("\n       ".join([*damaged, f"{path.parent}: no checkpoint to continue from; start anew"]))
+
+
+def _lock(folder: Path) -> Any:
+    """UserError if another process trains in this folder. Workers do not inherit this kind of lock."""
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder}: another process is training in this folder; wait for it or stop it") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def choose_device(wanted: str) -> torch.device:

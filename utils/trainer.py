@@ -1,6 +1,7 @@
 """The loop: batches in, steps, logs, validations, checkpoints. It knows nothing of the method it trains."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.batch import Batch
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import older_checkpoints, older_name, save_checkpoint
 from utils.config import Config, dump_config
-from utils.errors import CheckpointError, NonFiniteError, StorageError, UserError
+from utils.errors import CheckpointError, NonFiniteError, StorageError, UserError, loader_errors
 from utils.evaluate import Evaluation
 from utils.logger import RunLogger
 from utils.randomness import keyed_seed
@@ -47,7 +48,12 @@ class Trainer:
         self.method, self.optimizer, self.loader, self.run, self.config = method, optimizer, loader, run, config
         self.evaluate, self.picture, self.images_folder = evaluate, picture, images_folder
         self.facts = dict(facts)
+        if images_folder is not None:
+            images_folder.mkdir(parents=True, exist_ok=True)
         self.step, self.best = 0, {"mean_iou": -1.0, "step": -1}  # step: number of steps done
+        self.step_on_disk, self.bad_files = run.step_on_disk, set[str]()
+        buffers = [buffer for student in method.students for buffer in student.buffers()]
+        self.buffers, self.buffers_before = buffers, [buffer.clone() for buffer in buffers]
         if run.checkpoint is not None:
             self._restore(run.checkpoint)
 
@@ -62,12 +68,12 @@ class Trainer:
         evaluation = None
         self.method.train()
         try:
-            with self.run.stoppable():
+            with self.run.stoppable(), loader_errors():
                 for batches in zip(*loaders, strict=True):
                     self._train_one(logger, *batches)
                     evaluation = self._validate(logger) if self._is_due("val_per_iter") else evaluation
                     if self._is_due("save_checkpoint_every") or self.run.stop_signal:
-                        self.save(self.run.folder / "checkpoint.pth")
+                        self.save_last()
                     if self.run.stop_signal:
                         how = "continue with --resume auto"
                         logger.message(f"stopped by signal {self.run.stop_signal} after step {self.step}; {how}")
@@ -77,32 +83,42 @@ class Trainer:
             return evaluation
         except UserError as error:  # a damaged image: what was learned so far is kept
             if self.step and not isinstance(error, NonFiniteError | StorageError):
-                self.save(self.run.folder / "checkpoint.pth")
+                self.save_last()
             raise
         finally:
             logger.close()
             for loader in loaders:
                 getattr(loader, "close", lambda: None)()  # ends its processes now
 
-    def save(self, path: Path) -> None:
+    def save_last(self) -> None:
+        """checkpoint.pth; the one before keeps its step in its name, and ``utils.keep_checkpoints`` are left."""
+        path, keep = self.run.folder / "checkpoint.pth", self.config.utils.keep_checkpoints
+        is_older = self.step_on_disk is not None and self.step_on_disk < self.step
+        self.save(path, keep_old_as=older_name(path, self.step_on_disk or 0) if is_older and keep > 1 else None)
+        self.step_on_disk = self.step
+        for old in older_checkpoints(path)[keep - 1 :]:
+            old.unlink(missing_ok=True)
+
+    def save(self, path: Path, *, keep_old_as: Path | None = None) -> None:
         """Everything that the run needs to go on."""
-        save_checkpoint(
-            path,
-            {
-                "step": self.step,
-                "best": self.best,
-                "config": json.dumps(dump_config(self.config)),
-                "facts": self.facts,
-                "method": self.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-        )
+        state = {
+            "step": self.step,
+            "best": self.best,
+            "config": json.dumps(dump_config(self.config)),
+            "facts": self.facts,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "threads": torch.get_num_threads(),
+        }
+        save_checkpoint(path, state, keep_old_as=keep_old_as)
 
     def _train_one(self, logger: RunLogger, labeled: Batch, unlabeled: Batch | None = None) -> None:
         """One step. Losses are checked before anything is changed by them."""
         step = self.step
         torch.manual_seed(keyed_seed(self.config.seed, "step", step))  # dropout
         self._set_learning_rate(step)
+        torch._foreach_copy_(self.buffers_before, self.buffers)
+        self._count_bad_files(logger, labeled, unlabeled)
         labeled = labeled.to(self.run.device)
         unlabeled = unlabeled.to(self.run.device) if unlabeled is not None else None
         losses = self.method.training_step(labeled, unlabeled, step=step)
@@ -150,6 +166,26 @@ class Trainer:
                 f"{self.run.folder}: trained with other labeled images ({state['facts']}, now {self.facts})"
             )
         self.step, self.best = state["step"], state["best"]
+        threads = state.get("threads", torch.get_num_threads())
+        if threads != torch.get_num_threads():
+            warnings.warn(
+                f"resumed with {torch.get_num_threads()} threads instead of {threads}: the same images in the same "
+                "order, but not the same bits",
+                stacklevel=2,
+            )
+
+    def _count_bad_files(self, logger: RunLogger, *batches: Batch | None) -> None:
+        """Say each damaged file once; UserError when there are too many."""
+        new = {message for batch in batches if batch is not None for message in batch.bad} - self.bad_files
+        self.bad_files |= new
+        for message in sorted(new):
+            logger.message(f"skipped, another image in its place: {message}")
+        limit = self.config.training.data.bad_sample_limit
+        if len(self.bad_files) > limit:
+            raise UserError(
+                f"{len(self.bad_files)} damaged training files, more than training.data.bad_sample_limit {limit}; "
+                "python3 prepare_data.py check names all of them"
+            )
 
     def _is_due(self, key: str) -> bool:
         return self.step % getattr(self.config.utils, key) == 0 or self.step == self.config.training.num_iterations
@@ -180,10 +216,14 @@ class Trainer:
             f"{term} of student {own} is {loss.item()}" for (term, own), loss in losses.items() if not loss.isfinite()
         ]
         what = ", ".join(bad) or "a gradient is not finite, though every loss is,"
+        torch._foreach_copy_(self.buffers, self.buffers_before)  # BatchNorm has seen the batch
+        before = self.run.folder / "before_failure.pth"
+        self.save(before)
         last = self.run.folder / "checkpoint.pth"
         raise NonFiniteError(
-            f"{what} at step {self.step}; weights not updated; images {', '.join(ids)}; last checkpoint: "
-            f"{last if last.is_file() else 'none yet'}. A smaller training.learning_rate is the usual cure"
+            f"{what} at step {self.step}; weights not updated; images {', '.join(ids)}. Last checkpoint: "
+            f"{last if last.is_file() else 'none yet'}; the state before this step: {before}. "
+            "A smaller training.learning_rate is the usual cure"
         )
 
 
