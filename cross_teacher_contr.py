@@ -1,77 +1,91 @@
 """Train DeepLabv2 with Cross Teacher Training: python3 cross_teacher_contr.py --config CONFIG --name NAME."""
 
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.cli import training_overrides, training_parser
-from utils.config import for_network, load_config
+from utils.config import Config, for_network, load_config
 from utils.errors import run_script
 
-NETWORK = "DeepLab"
+if TYPE_CHECKING:
+    from utils.distributed import World
 
 
-def main() -> int:
-    args = training_parser(NETWORK).parse_args()
-    config = for_network(load_config(args.config, overrides=training_overrides(args)), NETWORK)
+def main(network: str = "DeepLab") -> int:
+    args = training_parser(network).parse_args()
+    config = for_network(load_config(args.config, overrides=training_overrides(args)), network)
 
     # Only now what takes seconds to import: a wrong key or --help is answered at once.
+    from utils.distributed import launch, part_size, process_group, world
+    from utils.run import check_request
+
+    check_request(name=args.name, resume=args.resume, device=args.device, processes=args.gpus)
+    if args.gpus > 1 and world().size == 1:
+        return launch(args.gpus)
+    part_size(config, world())
+    with process_group(args.device, timeout=config.training.process_timeout) as here:
+        return train(args, config, here)
+
+
+def train(args: Namespace, config: Config, here: "World") -> int:
+    """A process's share of the run."""
     from data import DatasetFiles, evaluation_loader, preview_batch, training_loader
     from model import CrossTeacher, build_students
+    from utils.distributed import one_after_another
     from utils.evaluate import Evaluation, evaluate
     from utils.inference import inference_for
     from utils.logger import print_result
-    from utils.run import check_request, code_version, start_run
+    from utils.run import code_version, start_run
     from utils.trainer import Trainer, build_optimizer
     from utils.visualize import save_picture
 
-    check_request(name=args.name, resume=args.resume, device=args.device)
-    files = DatasetFiles(config)
-    files.check_for_training()
+    files, protocol = DatasetFiles(config), config.utils.val_protocol
+    if here.is_first:
+        files.check_for_training()
     facts = files.about_labeled()
-    students = build_students(config)
-    run = start_run(config, name=args.name, resume=args.resume, device=args.device)
+    with one_after_another(here):  # one downloads the weights, the others find them
+        students = build_students(config)
+    run = start_run(config, name=args.name, resume=args.resume, device=args.device, here=here)
     method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled"))).to(run.device)
-    protocol, commit = config.utils.val_protocol, code_version()
+    about = files.about("val") | facts | {"protocol": protocol, "seed": config.seed, "commit": code_version()}
 
     def validate(step: int) -> Evaluation:
         return evaluate(
             method.models(),
-            evaluation_loader(files, "val", protocol=protocol),
+            evaluation_loader(files, "val", protocol=protocol, here=here),
             class_names=files.block.class_names,
             device=run.device,
             inference=inference_for(config, protocol),
-            about=files.about("val")
-            | facts
-            | {"protocol": protocol, "step": step, "seed": config.seed, "commit": commit},
+            about=about | {"step": step},
         )
 
     def picture(path: Path, step: int) -> None:
         batch = preview_batch(files).to(run.device)
-        columns = method.preview(batch, step=step)
-        save_picture(
-            path,
-            {"input": columns.pop("input"), "truth": batch.labels, **columns},
-            title=f"{args.name}, step {step}: validation images treated as unlabeled ones",
-            class_names=files.block.class_names,
-            palette=files.block.palette,
-            ignore_label=config.ignore_label,
-        )
+        columns = method.preview(batch, step=step)  # in every process: BatchNorm may be shared among them
+        title = f"{args.name}, step {step}: validation images treated as unlabeled ones"
+        if here.is_first:
+            shown = {"input": columns.pop("input"), "truth": batch.labels, **columns}
+            save_picture(path, shown, title=title, config=config)
 
     trainer = Trainer(
         method,
         build_optimizer(students, config),
-        lambda stream, start: training_loader(files, stream, start_step=start),
+        lambda stream, start: training_loader(files, stream, start_step=start, here=here),
         run,
         config=config,
         evaluate=validate,
         picture=picture,
         facts=facts,
         images_folder=args.save_images,
+        here=here,
     )
     evaluation = trainer.fit()
     if evaluation is None:
-        return 128 + (run.stop_signal or 0)
-    last = run.folder / "checkpoint.pth"
-    print_result(evaluation, last, again=["evaluateSSL.py", "--model-path", str(last), "--protocol", protocol])
+        return 128 + (trainer.stop_signal or 0)
+    if here.is_first:
+        last = run.folder / "checkpoint.pth"
+        print_result(evaluation, last, again=["evaluateSSL.py", "-m", str(last), "--protocol", protocol])
     return 0
 
 

@@ -21,6 +21,7 @@ from data.decode import read_image
 from data.transforms import random_crop, resize
 from utils.batch import Batch
 from utils.config import DataConfig, parse_size
+from utils.distributed import ALONE, World, part_size
 from utils.errors import UserError, loader_errors
 from utils.randomness import keyed_seed
 
@@ -153,14 +154,31 @@ class EvaluationImages(Dataset[EvaluationImage | UserError]):
         return [item for item in items if isinstance(item, EvaluationImage)]
 
 
-def training_loader(files: DatasetFiles, stream: str, *, start_step: int) -> Loader[Batch]:
-    """Batches of "labeled" or "unlabeled" crops for the steps from ``start_step`` to the last."""
+class Positions(Sequence[int]):
+    """The positions of a stream that a process trains on: its part of every step's batch, step after step."""
+
+    def __init__(self, steps: range, batch_size: int, here: World) -> None:
+        self.steps, self.batch_size = steps, batch_size
+        self.own = range(here.rank * batch_size // here.size, (here.rank + 1) * batch_size // here.size)
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.own)
+
+    def __getitem__(self, index: Any) -> Any:
+        step, place = divmod(range(len(self))[index], len(self.own))
+        return self.steps[step] * self.batch_size + self.own[place]
+
+
+def training_loader(files: DatasetFiles, stream: str, *, start_step: int, here: World = ALONE) -> Loader[Batch]:
+    """Parts of batches of "labeled" or "unlabeled" crops for the steps from ``start_step`` to the last.
+
+    A step's part of a process is ``training.accumulation`` batches; in a run of one process without accumulation, one.
+    """
     training = files.config.training
-    size, workers = training.batch_size, training.num_workers
-    positions = range(start_step * size, training.num_iterations * size)
+    size, workers = part_size(files.config, here), training.num_workers
     return Loader(
         TrainingCrops(files, stream),
-        positions,
+        Positions(range(start_step, training.num_iterations), training.batch_size, here),
         _join_crops,
         timeout=training.data.timeout,
         batch_size=size,
@@ -169,14 +187,14 @@ def training_loader(files: DatasetFiles, stream: str, *, start_step: int) -> Loa
 
 
 def evaluation_loader(
-    files: DatasetFiles, split: str, *, protocol: str, batch_size: int = 8
+    files: DatasetFiles, split: str, *, protocol: str, batch_size: int = 8, here: World = ALONE
 ) -> Loader[list[EvaluationImage]]:
-    """Lists of at most ``batch_size`` images of a split, in the order of its list."""
+    """Lists of at most ``batch_size`` images of a process's share of a split, in the order of its list."""
     images = EvaluationImages(files, split, protocol)
     training = files.config.training
     return Loader(
         images,
-        range(len(images)),
+        range(here.rank, len(images), here.size),
         list,
         timeout=training.data.timeout,
         batch_size=batch_size,

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.memory_bank import MemoryBank
+from model.memory_bank import Candidates, MemoryBank
 from model.network import NetworkOutput, SegmentationNetwork
 from model.teacher import EmaTeacher, predict_frozen, predict_probabilities, upsample
 from utils.augment import draw_flips, horizontal_flip, strong_augment
 from utils.batch import Batch
 from utils.config import Config
 from utils.contrast import high_level_contrast, low_level_contrast
+from utils.distributed import average_, gather
 from utils.losses import confident_share, cross_entropy, mean_squared_error, pixel_weight, weighted_cross_entropy
 from utils.mixing import draw_mix_masks, mix
 from utils.randomness import keyed_seed
@@ -78,8 +79,15 @@ class CrossTeacher(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ one step
 
-    def training_step(self, labeled: Batch, unlabeled: Batch | None, *, step: int) -> Losses:
-        """One step of the paper -> the losses of ``active_terms(step)`` for both peers, summed by ``total_loss``."""
+    def forward(self, labeled: Batch, unlabeled: Batch | None, *, step: int, part: int = 0) -> Losses:
+        """``training_step``; the way in for torch's DistributedDataParallel."""
+        return self.training_step(labeled, unlabeled, step=step, part=part)
+
+    def training_step(self, labeled: Batch, unlabeled: Batch | None, *, step: int, part: int = 0) -> Losses:
+        """One step of the paper -> the losses of ``active_terms(step)`` for both peers, summed by ``total_loss``.
+
+        part: which part of the global batch this is, where it is shared among processes or accumulated.
+        """
         terms = self.active_terms(step)
         losses: Losses = {}
         seen = [student(student.normalization(labeled.images)) for student in self.students]
@@ -91,7 +99,7 @@ class CrossTeacher(nn.Module):
 
         # The cross in cross teacher: what student `own` is to learn comes from the teacher of its peer.
         targets = [self.predict_target(own, peer, unlabeled.images) for own, peer in PEERS]  # (B,C,H,W), no gradient
-        views = [self.strong_view(own, unlabeled, targets, step=step) for own, _ in PEERS]
+        views = [self.strong_view(own, unlabeled, targets, step=step, part=part) for own, _ in PEERS]
         mixed = [
             student(student.normalization(view.images)) for student, view in zip(self.students, views, strict=True)
         ]
@@ -111,16 +119,26 @@ class CrossTeacher(nn.Module):
         return torch.stack([self.loss_weights[term] * loss for (term, _), loss in losses.items()]).sum()
 
     @torch.no_grad()
-    def after_step(self, labeled: Batch, *, step: int) -> None:
-        """Teachers follow their students; each teacher fills its bank from the labeled images."""
-        max_new = max(2 * self.contrastive.memory_size // self.labeled_samples, len(labeled.images))
+    def after_step(self, *labeled: Batch, step: int) -> None:
+        """Teachers follow their students; each teacher fills its bank from the labeled images, those of all processes.
+
+        labeled: the step's labeled batches here, several where batches are accumulated.
+        """
+        max_new = max(2 * self.contrastive.memory_size // self.labeled_samples, self.config.training.batch_size)
+        average_([buffer for student in self.students for buffer in student.buffers()])
         for student, teacher, bank in zip(self.students, self.teachers, self.banks, strict=True):
             teacher.update(student, step)
             if self.uses_banks:
-                output = predict_frozen(teacher.network, labeled.images, norm=teacher.norm)
-                truth = shrink(labeled.labels, output.logits)
-                probabilities = output.logits.float().softmax(dim=1)
-                bank.add(output.features, probabilities, truth, max_new, self.contrastive.memory_confidence)
+                here = [self.offer(teacher, bank, batch, max_new) for batch in labeled]
+                everywhere = gather([tensor for offer in here for tensor in offer])
+                offers = [Candidates(*one[i : i + 3]) for one in everywhere for i in range(0, len(one), 3)]
+                bank.take(offers, max_new)
+
+    def offer(self, teacher: EmaTeacher, bank: MemoryBank, labeled: Batch, max_new: int) -> Candidates:
+        """The features of a labeled batch that a teacher is sure of, and right about."""
+        output = predict_frozen(teacher.network, labeled.images, norm=teacher.norm)
+        truth, probabilities = shrink(labeled.labels, output.logits), output.logits.float().softmax(dim=1)
+        return bank.candidates(output.features, probabilities, truth, max_new, self.contrastive.memory_confidence)
 
     # ------------------------------------------------------------------------------------------------ its parts
 
@@ -152,11 +170,14 @@ class CrossTeacher(nn.Module):
             return predict_probabilities(self.students[peer], images, norm=self.unlabeled.teacher_norm)
         return self.teachers[peer if self.unlabeled.teacher == "cross" else own].predict(images)
 
-    def strong_view(self, own: int, unlabeled: Batch, targets: Sequence[Tensor], *, step: int) -> StrongView:
+    def strong_view(
+        self, own: int, unlabeled: Batch, targets: Sequence[Tensor], *, step: int, part: int = 0
+    ) -> StrongView:
         """Mix, flip, jitter and blur the unlabeled batch for student ``own``; targets: (B,C,H,W) of both students."""
         options = self.unlabeled
         drawn_for = 0 if options.strong_view == "shared" else own  # the same key draws the same view
-        generator = torch.Generator().manual_seed(keyed_seed(self.config.seed, "strong view", drawn_for, step))
+        key = (self.config.seed, "strong view", drawn_for, step, *((part,) if part else ()))
+        generator = torch.Generator().manual_seed(keyed_seed(*key))
         valid = unlabeled.valid if options.mask_padding else torch.ones_like(unlabeled.valid)
         predicted = targets[drawn_for].argmax(dim=1).where(valid, self.config.ignore_label)
         mask = draw_mix_masks(options.mix_mask, predicted, generator, ignore_label=self.config.ignore_label)

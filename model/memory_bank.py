@@ -1,7 +1,22 @@
 """The memory banks (paper: section 3.3; METHOD 7)."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+
+class Candidates(NamedTuple):
+    """What one batch offers to a bank, the surest pixels of each class first.
+
+    scores: (C,m) float32, the teacher's probability, -1 where there is no further pixel. features: (C,m,D) float32.
+    seen: (C,) bool, the classes of the ground truth.
+    """
+
+    scores: Tensor
+    features: Tensor
+    seen: Tensor
 
 
 class MemoryBank(nn.Module):
@@ -32,21 +47,38 @@ class MemoryBank(nn.Module):
         features: (B,D,h,w) of the teacher; probabilities: (B,C,h,w), not logits: the release compares a logit with the
         threshold here; labels: (B,h,w) int64 ground truth, values outside 0..C-1 are no pixels.
         """
-        classes, size, dim = self.entries.shape
+        self.take([self.candidates(features, probabilities, labels, max_new, threshold)], max_new)
+
+    @torch.no_grad()
+    def candidates(
+        self, features: Tensor, probabilities: Tensor, labels: Tensor, max_new: int, threshold: float = 0.95
+    ) -> Candidates:
+        """What ``add`` would take of a batch, at most ``max_new`` a class."""
+        classes, _, dim = self.entries.shape
         truth = labels.flatten()  # (N,)
         confidence, predicted = probabilities.float().movedim(1, -1).reshape(-1, classes).max(dim=1)
         of_class = truth == torch.arange(classes, device=truth.device)[:, None]  # (C,N)
-        self.seen |= of_class.any(dim=1)
         score = torch.where(of_class & (predicted == truth) & (confidence >= threshold), confidence, -1.0)
         # A stable sort: which of equally confident pixels comes first is the same on every device.
         score, pixel = (part[:, :max_new] for part in score.sort(dim=1, descending=True, stable=True))
         new = features.float().movedim(1, -1).reshape(-1, dim)[pixel]  # (C,m,D)
+        return Candidates(score, new, of_class.any(dim=1))
+
+    @torch.no_grad()
+    def take(self, offers: Sequence[Candidates], max_new: int) -> None:
+        """Add each class's ``max_new`` surest candidates of all offers, as if they had come in one batch."""
+        size, dim = self.entries.shape[1:]
+        score = torch.cat([offer.scores for offer in offers], dim=1)
+        score, order = (part[:, :max_new] for part in score.sort(dim=1, descending=True, stable=True))
+        new = torch.cat([offer.features for offer in offers], dim=1)
+        new = new.gather(1, order[..., None].expand(-1, -1, dim))  # (C,m,D)
+        self.seen |= torch.stack([offer.seen for offer in offers]).any(dim=0)
         arrived = (score >= 0).sum(dim=1)
 
         # Slot j of a class holds the j-th of (old entries, new entries) once the oldest `leaving` are gone.
         total = self.counts + arrived
         leaving = (total - size).clamp(min=0)
-        position = torch.arange(size, device=truth.device) + leaving[:, None]  # (C,K)
+        position = torch.arange(size, device=score.device) + leaving[:, None]  # (C,K)
         from_new = size + position - self.counts[:, None]
         index = torch.where(position < self.counts[:, None], position, from_new)
         filled = position < total[:, None]

@@ -177,11 +177,10 @@ def test_the_script_decides_the_network_and_says_so():
         assert for_network(config, "DeepLabv3+").model == "DeepLabv3+"
 
 
-@pytest.mark.parametrize("key", ["warmup_iters", "use_sync_batchnorm"])
-def test_a_key_without_effect_is_accepted_with_one_warning(tmp_path: Path, key: str):
+def test_a_key_without_effect_is_accepted_with_one_warning(tmp_path: Path):
     path = tmp_path / "c.json"
-    path.write_text(json.dumps(tiny_values(**{f"training__{key}": 1 if key == "warmup_iters" else True})))
-    with pytest.warns(UserWarning, match=f"training.{key} has no effect") as seen:
+    path.write_text(json.dumps(tiny_values(training__warmup_iters=1)))
+    with pytest.warns(UserWarning, match="training.warmup_iters has no effect") as seen:
         load_config(path)
     assert len(seen) == 1
 

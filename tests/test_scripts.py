@@ -188,7 +188,7 @@ def bad_cases(demo: Path, folder: Path) -> dict[str, tuple[dict, list, str]]:
         "name that leaves the folder": ({}, ["--name", "../x"], "--name"),
         "checkpoint that is not there": ({}, ["--resume", "gone.pth"], "gone.pth: no such checkpoint"),
         "empty option": ({}, ["--resume", ""], "is empty"),
-        "several GPUs": ({}, ["--gpus", "2"], "--gpus 2"),
+        "several GPUs": ({}, ["--gpus", "2"], "--gpus 2: this machine has 0 CUDA devices"),
         "GPU without one": ({}, ["--device", "cuda"], "this machine has 0 CUDA devices"),
     }
 

@@ -279,7 +279,9 @@ class ContrastiveConfig(Section):
 class TrainingConfig(Section):
     """One run."""
 
-    batch_size: Positive = Field(5, description="labeled images a step, and as many unlabeled ones")
+    batch_size: Positive = Field(5, description="labeled images a step over all processes, and as many unlabeled ones")
+    accumulation: Positive = Field(1, description="parts of its batch that a process computes one after another")
+    process_timeout: Positive = Field(600, description="seconds until a process that does not answer ends the run")
     num_workers: NotNegative = Field(3, description="processes that load images, for each of the two streams; 0: none")
     optimizer: Literal["SGD"] = Field("SGD", description="the release knows this one")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
@@ -296,7 +298,7 @@ class TrainingConfig(Section):
         True, description="weight decay on norm parameters and biases too, as the release"
     )
     use_sync_batchnorm: bool = Field(
-        False, description="BatchNorm over all processes; this version trains in one and says so"
+        False, description="BatchNorm statistics over all processes, on GPUs; else of each process's part of the batch"
     )
     deterministic: bool = Field(
         False, description="on a GPU: the same bits every time where torch can, slower; a CPU always does"
@@ -435,8 +437,6 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
     config = override_config(_parse_json(text, str(path)), overrides, source=str(path))
     if config.training.warmup_iters is not None:
         warnings.warn(f"{path}: training.warmup_iters has no effect, as in the release", stacklevel=2)
-    if config.training.use_sync_batchnorm:
-        warnings.warn(f"{path}: training.use_sync_batchnorm has no effect with one process", stacklevel=2)
     return config
 
 
@@ -464,7 +464,8 @@ def dump_config(config: Config) -> dict[str, Any]:
 # May differ between two runs that compute the same.
 FREE_KEYS = (
     *("utils.checkpoint_dir", "utils.save_", "utils.keep_", "utils.val_per_iter", "utils.tensorboard"),
-    *("utils.log_per_iter", "training.num_workers", "training.data.timeout", "training.data.bad_sample_limit"),
+    *("utils.log_per_iter", "training.num_workers", "training.accumulation", "training.process_timeout"),
+    *("training.data.timeout", "training.data.bad_sample_limit"),
     *("data_root", "dataset.root", "dataset.test", "dataset.palette"),
 )
 

@@ -35,6 +35,12 @@ class LoaderError(UserError):
     exit_status = 3
 
 
+class PeerError(UserError):
+    """Another process of the same run is gone."""
+
+    exit_status = 3
+
+
 class NonFiniteError(UserError):
     """A loss or gradient that is NaN or infinite; raised before any weight is changed."""
 
@@ -74,9 +80,10 @@ _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and leave with its exit status; a ``UserError`` becomes one message on stderr."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr) if first else None
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("model").setLevel(logging.INFO)
+    logging.getLogger("model").setLevel(logging.INFO if first else logging.ERROR)
     try:
         status = main() or 0
         sys.stdout.flush()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from utils.distributed import total
 from utils.errors import UserError
 from utils.inference import ENSEMBLE, Inference, predict_all
 from utils.metrics import ConfusionMatrix
@@ -121,6 +122,7 @@ def evaluate(
 ) -> Evaluation:
     """Compare the predictions of ``models`` (default: ``model_names(networks)``) with the labels, at the labels' size.
 
+    ``batches`` are this process's share of the images; the counts of all processes are added.
     on_prediction: is given each id with the main model's (h,w) uint8 prediction (see ``Evaluation.main``). The
     networks' training mode is left as it was.
     """
@@ -145,7 +147,9 @@ def evaluate(
                     on_prediction(identifier, label_map)
     for name, network in networks.items():
         network.train(modes[name])
-    return replace(evaluation, about={**about, "images": count})
+    for one in confusion.values():
+        one.matrix = total(one.matrix)
+    return replace(evaluation, about={**about, "images": int(total(torch.tensor(count)))})
 
 
 def choose_models(networks: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:

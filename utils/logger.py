@@ -14,26 +14,36 @@ from utils.evaluate import Evaluation
 
 
 class RunLogger:
-    """Logs of one run. ``first_step``: how many steps are done; what was logged of later ones is removed."""
+    """Logs of one run. ``first_step``: how many steps are done; what was logged of later ones is removed.
 
-    def __init__(self, folder: Path, *, first_step: int, total_steps: int, tensorboard: bool) -> None:
-        self.path = folder / "log.jsonl"
-        self._drop_after(first_step)
-        self._file = self.path.open("a", encoding="utf-8")
+    silent: say and write nothing, as all processes of a run but the first.
+    """
+
+    def __init__(
+        self, folder: Path, *, first_step: int, total_steps: int, tensorboard: bool, silent: bool = False
+    ) -> None:
+        self.path, self.silent = folder / "log.jsonl", silent
+        self._file: Any = None
         self.writer: Any = None
-        if tensorboard:
+        if not silent:
+            self._drop_after(first_step)
+            self._file = self.path.open("a", encoding="utf-8")
+        if tensorboard and not silent:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05,
-            mininterval=0.1 if terminal else 15, miniters=1, file=sys.stderr,
+            mininterval=0.1 if terminal else 15, miniters=1, file=sys.stderr, disable=silent,
         )  # fmt: skip
+        self._done = first_step
         self._asked = (time.perf_counter(), first_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of log.jsonl, one point of each TensorBoard curve."""
+        if self.silent:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self.writer is not None:
@@ -45,21 +55,25 @@ class RunLogger:
         self.bar.set_postfix_str(text, refresh=False)
 
     def advance(self) -> None:
+        """One step is done."""
+        self._done += 1
         self.bar.update(1)
 
     def steps_per_second(self) -> float:
         """Since it was last asked: everything counts, loading and validation too."""
-        now, step = time.perf_counter(), self.bar.n
+        now, step = time.perf_counter(), self._done
         (then, before), self._asked = self._asked, (now, step)
         return (step - before) / (now - then)
 
     def message(self, text: str) -> None:
         """A line of its own above the progress bar."""
-        tqdm.write(text, file=sys.stderr)
+        if not self.silent:
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self.writer is not None:
             self.writer.close()
 

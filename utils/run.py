@@ -18,6 +18,7 @@ import torch
 
 from utils.checkpoint import load_checkpoint, older_checkpoints, remove_leftovers
 from utils.config import Config, different_keys, dump_config
+from utils.distributed import ALONE, World, from_first
 from utils.errors import CheckpointError, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -35,11 +36,12 @@ class Run:
     checkpoint: dict[str, Any] | None = None
     step_on_disk: int | None = None
     stop_signal: int | None = field(default=None)
-    lock: Any = field(default=None, repr=False)  # an open file; the lock lasts as long as the process
+    lock: Any = field(default=None, repr=False)  # an open file, locked as long as the process lives; False: another's
 
     def __post_init__(self) -> None:
-        self.lock = _lock(self.folder)
-        remove_leftovers(self.folder)
+        if self.lock is None:
+            self.lock = _lock(self.folder)
+            remove_leftovers(self.folder)
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -58,19 +60,26 @@ class Run:
                 signal.signal(number, handler)
 
 
-def check_request(*, name: str, resume: str | None, device: str) -> None:
+def check_request(*, name: str, resume: str | None, device: str, processes: int = 1) -> None:
     """What can be said of a training command before its data are looked at; raises as ``start_run``."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
         raise UserError(
             f"--name {name!r}: expected letters, digits and . _ + - only, because it becomes a folder's name"
         )
     choose_device(device)
+    if processes > 1 and device != "cpu" and processes > torch.cuda.device_count():
+        raise UserError(
+            f"--gpus {processes}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "with --device cpu so many processes share the CPU"
+        )
     if resume not in (None, "auto") and not Path(resume).exists():
         raise CheckpointError(f"{resume}: no such checkpoint")
 
 
-def start_run(config: Config, *, name: str, resume: str | None, device: str) -> Run:
-    """Make the run's folder, or find the one to continue, and write config.json there.
+def start_run(config: Config, *, name: str, resume: str | None, device: str, here: World = ALONE) -> Run:
+    """Make the run's folder, or find the one to continue, and write config.json there; the first process does.
+
+    The others read the same checkpoint: with several machines the folder must be one that all of them see.
 
     Raises UserError for a name that is no file name or a folder that another process trains in, CheckpointError for a
     checkpoint that is damaged or does not fit the config. Only "auto" goes back to an older checkpoint, and says so.
@@ -78,19 +87,29 @@ def start_run(config: Config, *, name: str, resume: str | None, device: str) -> 
     check_request(name=name, resume=resume, device=device)
     if config.training.deterministic:
         make_deterministic()
-    where = choose_device(device)
+    where = choose_device(device, here)
+    if not here.is_first:
+        folder, found = from_first((Path(), None))
+        return Run(folder, where, load_checkpoint(found) if found else None, lock=False)
+    run, found = _open_run(config, where, name=name, resume=resume)
+    from_first((run.folder, found))
+    return run
+
+
+def _open_run(config: Config, where: torch.device, *, name: str, resume: str | None) -> tuple[Run, Path | None]:
+    """The run, and the checkpoint that it continues from."""
     path = newest_checkpoint(config, name) if resume == "auto" else Path(resume) if resume else None
     path = path / "checkpoint.pth" if path is not None and path.is_dir() else path
     if path is None:
         folder = _new_folder(Path(config.utils.checkpoint_dir), name)
         (folder / "config.json").write_text(json.dumps(dump_config(config), indent=1) + "\n", encoding="utf-8")
-        return Run(folder, where)
+        return Run(folder, where), None
     run = Run(path.parent, where)
     found, checkpoint = _load_newest_good(path) if resume == "auto" else (path, load_checkpoint(path))
     refuse_other_config(found, json.loads(checkpoint["config"]), dump_config(config))
     run.checkpoint = checkpoint
     run.step_on_disk = checkpoint["step"] if found.name == "checkpoint.pth" else None
-    return run
+    return run, found
 
 
 def make_deterministic() -> None:
@@ -129,10 +148,12 @@ def _lock(folder: Path) -> Any:
     return file
 
 
-def choose_device(wanted: str) -> torch.device:
-    """ "auto", "cpu", "cuda" or "cuda:1" -> a device that exists; UserError otherwise."""
+def choose_device(wanted: str, here: World = ALONE) -> torch.device:
+    """ "auto", "cpu", "cuda" or "cuda:1" -> a device that exists, of several processes each its own; else UserError."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and here.size > 1:
+        wanted = f"cuda:{here.local_rank}"
     kind, _, index = wanted.partition(":")
     if kind == "cuda" and int(index or 0) not in range(torch.cuda.device_count()):
         raise UserError(f"device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices")

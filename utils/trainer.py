@@ -1,8 +1,10 @@
 """The loop: batches in, steps, logs, validations, checkpoints. It knows nothing of the method it trains."""
 
+import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.optim import Optimizer
 from utils.batch import Batch
 from utils.checkpoint import older_checkpoints, older_name, save_checkpoint
 from utils.config import Config, dump_config
+from utils.distributed import ALONE, World, all_messages, average_, largest, parallel
 from utils.errors import CheckpointError, NonFiniteError, StorageError, UserError, loader_errors
 from utils.evaluate import Evaluation
 from utils.logger import RunLogger
@@ -44,7 +47,9 @@ class Trainer:
         picture: Callable[[Path, int], None],
         facts: Mapping[str, str | int],
         images_folder: Path | None = None,
+        here: World = ALONE,
     ) -> None:
+        self.here, self.wrapped = here, parallel(method, config, run.device)
         self.method, self.optimizer, self.loader, self.run, self.config = method, optimizer, loader, run, config
         self.evaluate, self.picture, self.images_folder = evaluate, picture, images_folder
         self.facts = dict(facts)
@@ -52,6 +57,7 @@ class Trainer:
             images_folder.mkdir(parents=True, exist_ok=True)
         self.step, self.best = 0, {"mean_iou": -1.0, "step": -1}  # step: number of steps done
         self.step_on_disk, self.bad_files = run.step_on_disk, set[str]()
+        self.agreed_signal: int | None = None
         buffers = [buffer for student in method.students for buffer in student.buffers()]
         self.buffers, self.buffers_before = buffers, [buffer.clone() for buffer in buffers]
         if run.checkpoint is not None:
@@ -61,7 +67,11 @@ class Trainer:
         """Train to the end and return the last evaluation; None if a signal stopped the run before, its state saved."""
         total = self.config.training.num_iterations
         logger = RunLogger(
-            self.run.folder, first_step=self.step, total_steps=total, tensorboard=self.config.utils.tensorboard
+            self.run.folder,
+            first_step=self.step,
+            total_steps=total,
+            tensorboard=self.config.utils.tensorboard,
+            silent=not self.here.is_first,
         )
         streams = ("labeled", "unlabeled") if self.config.training.unlabeled.train_unlabeled else ("labeled",)
         loaders = [iter(self.loader(stream, self.step)) for stream in streams]
@@ -69,14 +79,15 @@ class Trainer:
         self.method.train()
         try:
             with self.run.stoppable(), loader_errors():
-                for batches in zip(*loaders, strict=True):
-                    self._train_one(logger, *batches)
+                parts = zip(*loaders, strict=True)
+                while step := list(itertools.islice(parts, self.config.training.accumulation)):
+                    self._train_one(logger, step)
                     evaluation = self._validate(logger) if self._is_due("val_per_iter") else evaluation
-                    if self._is_due("save_checkpoint_every") or self.run.stop_signal:
+                    if self._is_due("save_checkpoint_every") or self.stop_signal:
                         self.save_last()
-                    if self.run.stop_signal:
+                    if self.stop_signal:
                         how = "continue with --resume auto"
-                        logger.message(f"stopped by signal {self.run.stop_signal} after step {self.step}; {how}")
+                        logger.message(f"stopped by signal {self.stop_signal} after step {self.step}; {how}")
                         return None
             evaluation = evaluation or self.evaluate(self.step)  # the latter when a finished run was resumed
             self._write_results(evaluation)
@@ -91,16 +102,23 @@ class Trainer:
                 getattr(loader, "close", lambda: None)()  # ends its processes now
 
     def save_last(self) -> None:
-        """checkpoint.pth; the one before keeps its step in its name, and ``utils.keep_checkpoints`` are left."""
+        """Write checkpoint.pth; the one before keeps its step in its name, and ``utils.keep_checkpoints`` are left."""
         path, keep = self.run.folder / "checkpoint.pth", self.config.utils.keep_checkpoints
         is_older = self.step_on_disk is not None and self.step_on_disk < self.step
         self.save(path, keep_old_as=older_name(path, self.step_on_disk or 0) if is_older and keep > 1 else None)
         self.step_on_disk = self.step
-        for old in older_checkpoints(path)[keep - 1 :]:
+        for old in older_checkpoints(path)[keep - 1 :] if self.here.is_first else ():
             old.unlink(missing_ok=True)
 
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that ends the run after this step; of several processes, one that all of them know of."""
+        return self.run.stop_signal if self.here.size == 1 else self.agreed_signal
+
     def save(self, path: Path, *, keep_old_as: Path | None = None) -> None:
-        """Everything that the run needs to go on."""
+        """Everything that the run needs to go on; of several processes the first one writes it."""
+        if not self.here.is_first:
+            return
         state = {
             "step": self.step,
             "best": self.best,
@@ -109,29 +127,36 @@ class Trainer:
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "threads": torch.get_num_threads(),
+            "parts": self.here.size * self.config.training.accumulation,
         }
         save_checkpoint(path, state, keep_old_as=keep_old_as)
 
-    def _train_one(self, logger: RunLogger, labeled: Batch, unlabeled: Batch | None = None) -> None:
-        """One step. Losses are checked before anything is changed by them."""
+    def _train_one(self, logger: RunLogger, parts: Sequence[tuple[Batch, ...]]) -> None:
+        """One step from this process's parts of the batch. Losses are checked before anything is changed by them."""
         step = self.step
-        torch.manual_seed(keyed_seed(self.config.seed, "step", step))  # dropout
         self._set_learning_rate(step)
         torch._foreach_copy_(self.buffers_before, self.buffers)
-        self._count_bad_files(logger, labeled, unlabeled)
-        labeled = labeled.to(self.run.device)
-        unlabeled = unlabeled.to(self.run.device) if unlabeled is not None else None
-        losses = self.method.training_step(labeled, unlabeled, step=step)
-        total = self.method.total_loss(losses, step=step)
+        self._count_bad_files(logger, [batch for part in parts for batch in part])
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        self._stop_if_not_finite(losses, total, labeled.ids + (unlabeled.ids if unlabeled else []))
+        seen, means = [], dict[tuple[str, int], Tensor]()
+        for index, part in enumerate(parts):
+            place = self.here.rank * len(parts) + index
+            torch.manual_seed(keyed_seed(self.config.seed, "step", step, *((place,) if place else ())))  # dropout
+            labeled, *unlabeled = (batch.to(self.run.device) for batch in part)
+            is_last = index == len(parts) - 1  # the gradients of all parts travel together
+            with nullcontext() if is_last or self.here.size == 1 else self.wrapped.no_sync():  # type: ignore[operator]
+                losses = self.wrapped(labeled, unlabeled[0] if unlabeled else None, step=step, part=place)
+                (self.method.total_loss(losses, step=step) / len(parts)).backward()
+            seen.append(labeled)
+            for key, loss in losses.items():
+                means[key] = means.get(key, 0.0) + loss.detach() / len(parts)
+        self._stop_if_not_finite(means, [name for part in parts for batch in part for name in batch.ids])
         self.optimizer.step()
-        self.method.after_step(labeled, step=step)
+        self.method.after_step(*seen, step=step)
         self.step += 1
         logger.advance()
         if self._is_due("log_per_iter"):
-            self._log(logger, losses)
+            self._log(logger, means)
 
     def _validate(self, logger: RunLogger) -> Evaluation:
         evaluation = self.evaluate(self.step)
@@ -150,7 +175,8 @@ class Trainer:
         return evaluation
 
     def _write_results(self, evaluation: Evaluation) -> None:
-        evaluation.write(self.run.folder, best=self.best)
+        if self.here.is_first:
+            evaluation.write(self.run.folder, best=self.best)
         self.picture(self.run.folder / "picture.png", self.step)
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -166,17 +192,17 @@ class Trainer:
                 f"{self.run.folder}: trained with other labeled images ({state['facts']}, now {self.facts})"
             )
         self.step, self.best = state["step"], state["best"]
-        threads = state.get("threads", torch.get_num_threads())
-        if threads != torch.get_num_threads():
+        now = {"threads": torch.get_num_threads(), "parts": self.here.size * self.config.training.accumulation}
+        changed = [f"{key} {state[key]}, now {value}" for key, value in now.items() if state.get(key, value) != value]
+        if changed:
             warnings.warn(
-                f"resumed with {torch.get_num_threads()} threads instead of {threads}: the same images in the same "
-                "order, but not the same bits",
+                f"resumed with other {'; '.join(changed)}: the same images in the same order, but not the same bits",
                 stacklevel=2,
             )
 
-    def _count_bad_files(self, logger: RunLogger, *batches: Batch | None) -> None:
+    def _count_bad_files(self, logger: RunLogger, batches: Sequence[Batch]) -> None:
         """Say each damaged file once; UserError when there are too many."""
-        new = {message for batch in batches if batch is not None for message in batch.bad} - self.bad_files
+        new = {message for batch in batches for message in batch.bad} - self.bad_files
         self.bad_files |= new
         for message in sorted(new):
             logger.message(f"skipped, another image in its place: {message}")
@@ -197,7 +223,9 @@ class Trainer:
             group["lr"] = poly_lr(group["base_lr"], step, training.num_iterations, power)
 
     def _log(self, logger: RunLogger, losses: Losses) -> None:
-        values = {f"{term}/{own}": loss.item() for (term, own), loss in losses.items()}
+        mean = torch.stack(list(losses.values())).double()
+        average_([mean])
+        values = {f"{term}/{own}": value for (term, own), value in zip(losses, mean.tolist(), strict=True)}
         groups = [group for group in self.optimizer.param_groups if group["name"] in ("backbone_0", "head_0")]
         rates = {f"learning_rate/{group['name'][:-2]}": group["lr"] for group in groups}
         streams = 2 if self.config.training.unlabeled.train_unlabeled else 1
@@ -207,21 +235,26 @@ class Trainer:
         means = (f"{term} {sum(values[f'{term}/{own}'] for own in (0, 1)) / 2:.3f}" for term in terms)
         logger.progress(", ".join((*means, f"{speed:.1f} images/s")))
 
-    def _stop_if_not_finite(self, losses: Losses, total: Tensor, ids: list[str]) -> None:
-        """NonFiniteError before any weight, teacher or bank is changed."""
+    def _stop_if_not_finite(self, losses: Losses, ids: list[str]) -> None:
+        """NonFiniteError before any weight, teacher or bank is changed; all processes stop at the same step."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if torch.isfinite(total + torch.nn.utils.get_total_norm(gradients)):
+        norm = torch.nn.utils.get_total_norm(gradients)
+        is_bad = not torch.isfinite(torch.stack([*losses.values(), norm.to(next(iter(losses.values())))])).all()
+        failed, stop = largest(is_bad, self.run.stop_signal or 0)
+        self.agreed_signal = int(stop) or None
+        if not failed:
             return
         bad = [
             f"{term} of student {own} is {loss.item()}" for (term, own), loss in losses.items() if not loss.isfinite()
         ]
-        what = ", ".join(bad) or "a gradient is not finite, though every loss is,"
+        found = all_messages(f"{', '.join(bad)} (images {', '.join(ids)})" if bad else "")
+        what = "; ".join(found) or f"a gradient is not finite, though every loss is (images {', '.join(ids)})"
         torch._foreach_copy_(self.buffers, self.buffers_before)  # BatchNorm has seen the batch
         before = self.run.folder / "before_failure.pth"
         self.save(before)
         last = self.run.folder / "checkpoint.pth"
         raise NonFiniteError(
-            f"{what} at step {self.step}; weights not updated; images {', '.join(ids)}. Last checkpoint: "
+            f"{what} at step {self.step}; weights not updated. Last checkpoint: "
             f"{last if last.is_file() else 'none yet'}; the state before this step: {before}. "
             "A smaller training.learning_rate is the usual cure"
         )

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.config import Config
+
 
 def voc_palette(count: int = 256) -> list[list[int]]:
     """The colors of PASCAL VOC's label files: the bits of a class id, spread over red, green and blue."""
@@ -87,15 +89,7 @@ def save_confusion(path: Path, matrix: np.ndarray, *, class_names: Sequence[str]
     figure.savefig(path)
 
 
-def save_picture(
-    path: Path,
-    columns: Mapping[str, Any],
-    *,
-    title: str,
-    class_names: Sequence[str],
-    palette: Sequence[Sequence[int]] | None,
-    ignore_label: int,
-) -> None:
+def save_picture(path: Path, columns: Mapping[str, Any], *, title: str, config: Config) -> None:
     """One row an image, one titled column an entry, and the classes' colors below.
 
     columns: title -> tensors, (B,3,H,W) float RGB images in [0,1] or (B,H,W) integer label maps.
@@ -104,6 +98,7 @@ def save_picture(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    class_names, palette, ignore_label = config.data.class_names, config.data.palette, config.ignore_label
     arrays = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
     rows, (height, width) = len(next(iter(arrays.values()))), next(iter(arrays.values())).shape[-2:]
     legend_rows = -(-(len(class_names) + 1) // 8)  # with "ignored"

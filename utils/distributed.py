@@ -1,0 +1,216 @@
+"""Several processes as one run, on torch's own engine: started by torchrun, Slurm's srun under it, or ``--gpus N``.
+
+Every process trains its share of each batch. What is random is keyed by the place in the global batch, so that the
+number of processes changes no draw. All functions do nothing, and give back what they got, in a run of one process.
+"""
+
+import datetime
+import logging
+import os
+import sys
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.config import Config
+from utils.errors import PeerError, UserError
+
+T = TypeVar("T")
+
+
+class World(NamedTuple):
+    """Which of how many processes this is; local_rank counts those of this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """The one that writes: folder, checkpoints, logs."""
+        return self.rank == 0
+
+
+ALONE = World()
+
+
+def world() -> World:
+    """From the environment that torchrun sets."""
+    return World(*(int(os.environ.get(key, str(alone))) for key, alone in zip(_KEYS, ALONE, strict=True)))
+
+
+_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@contextmanager
+def process_group(device: str, *, timeout: float) -> Iterator[World]:
+    """Join the other processes; ``timeout``: seconds after which one that does not answer ends the run.
+
+    device: "auto", "cpu" or "cuda". Raises PeerError, for whatever happens inside, when another process is gone.
+    """
+    here = world()
+    if here.size == 1:
+        yield here
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout))
+    try:
+        yield here
+    except RuntimeError as error:  # gloo and NCCL know no other
+        if not any(word in str(error) for word in ("gloo", "NCCL", "Connection", "timed out", "Timed out")):
+            raise
+        reason = str(error).splitlines()[0]
+        raise PeerError(
+            f"process {here.rank} of {here.size}: another process of this run has ended or does not answer ({reason}); "
+            "its own message says why. Continue with --resume auto"
+        ) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(count: int) -> int:
+    """Run this command in ``count`` processes on this machine; the exit status of the first one that fails, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own messages say why
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*_without_gpus(sys.argv))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _without_gpus(arguments: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if not skip and not argument.startswith("--gpus="):
+            skip = argument == "--gpus"
+            kept += [] if skip else [argument]
+        else:
+            skip = False
+    return kept
+
+
+def part_size(config: Config, here: World) -> int:
+    """Images of a stream that one process computes at once. Raises UserError if the batch cannot be shared so."""
+    whole, parts = config.training.batch_size, here.size * config.training.accumulation
+    if whole % parts:
+        raise UserError(
+            f"training.batch_size {whole} cannot be shared among {here.size} processes x training.accumulation "
+            f"{config.training.accumulation}; choose a multiple of {parts}"
+        )
+    return whole // parts
+
+
+def parallel(method: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """What averages the gradients over the processes: ``method`` itself where there is one process."""
+    if not dist.is_initialized():
+        return method
+    if config.training.use_sync_batchnorm:
+        if device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        else:
+            warnings.warn(
+                "training.use_sync_batchnorm has no effect on a CPU: torch has it on GPUs alone", stacklevel=2
+            )
+    return DistributedDataParallel(method, broadcast_buffers=False)
+
+
+# ------------------------------------------------------------------------------------------------ talking
+
+
+def from_first(value: T) -> T:
+    """The first process's value, plain or tensors, in every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def one_after_another(here: World) -> Iterator[None]:
+    """On every machine its first process goes first, for example to download what the others then find."""
+    if here.size > 1 and here.local_rank > 0:
+        dist.barrier()
+    yield
+    if here.size > 1 and here.local_rank == 0:
+        dist.barrier()
+
+
+def largest(*values: float) -> list[float]:
+    """Each value's maximum over the processes."""
+    if not dist.is_initialized():
+        return list(values)
+    both = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return both.tolist()
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over the processes; integers exactly."""
+    if not dist.is_initialized():
+        return tensor
+    summed = tensor.to(_device())
+    dist.all_reduce(summed)
+    return summed.to(tensor.device)
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Replace floating tensors by their mean over the processes, in one message."""
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if not dist.is_initialized() or not floats:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in floats])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, part in zip(floats, flat.split([tensor.numel() for tensor in floats]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def gather(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors of the same shapes everywhere -> those of every process, in the order of the ranks."""
+    if not dist.is_initialized():
+        return [list(tensors)]
+    parts = [[torch.empty_like(tensor) for _ in range(dist.get_world_size())] for tensor in tensors]
+    for tensor, places in zip(tensors, parts, strict=True):
+        dist.all_gather(places, tensor.contiguous())
+    return [list(one) for one in zip(*parts, strict=True)]
+
+
+def all_messages(message: str) -> list[str]:
+    """The messages of all processes that have one."""
+    if not dist.is_initialized():
+        return [message] if message else []
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, message)
+    return [one for one in found if one]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
