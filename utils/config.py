@@ -300,6 +300,11 @@ class TrainingConfig(Section):
     use_sync_batchnorm: bool = Field(
         False, description="BatchNorm statistics over all processes, on GPUs; else of each process's part of the batch"
     )
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32", description="of the networks in training: bf16 computes most of it in bfloat16, tf32 is for GPUs"
+    )
+    channels_last: bool = Field(False, description="keep the channels of a pixel together in memory; for bf16")
+    compile: bool = Field(False, description="compile the networks with torch.compile; starts slowly")
     deterministic: bool = Field(
         False, description="on a GPU: the same bits every time where torch can, slower; a CPU always does"
     )

@@ -22,6 +22,7 @@ from utils.logger import RunLogger
 from utils.randomness import keyed_seed
 from utils.run import Run
 from utils.schedule import poly_lr
+from utils.speed import arrange, autocast
 
 Losses = dict[tuple[str, int], Tensor]
 
@@ -49,6 +50,7 @@ class Trainer:
         images_folder: Path | None = None,
         here: World = ALONE,
     ) -> None:
+        arrange(method, config)
         self.here, self.wrapped = here, parallel(method, config, run.device)
         self.method, self.optimizer, self.loader, self.run, self.config = method, optimizer, loader, run, config
         self.evaluate, self.picture, self.images_folder = evaluate, picture, images_folder
@@ -145,14 +147,16 @@ class Trainer:
             labeled, *unlabeled = (batch.to(self.run.device) for batch in part)
             is_last = index == len(parts) - 1  # the gradients of all parts travel together
             with nullcontext() if is_last or self.here.size == 1 else self.wrapped.no_sync():  # type: ignore[operator]
-                losses = self.wrapped(labeled, unlabeled[0] if unlabeled else None, step=step, part=place)
+                with autocast(self.config, self.run.device):
+                    losses = self.wrapped(labeled, unlabeled[0] if unlabeled else None, step=step, part=place)
                 (self.method.total_loss(losses, step=step) / len(parts)).backward()
             seen.append(labeled)
             for key, loss in losses.items():
                 means[key] = means.get(key, 0.0) + loss.detach() / len(parts)
         self._stop_if_not_finite(means, [name for part in parts for batch in part for name in batch.ids])
         self.optimizer.step()
-        self.method.after_step(*seen, step=step)
+        with autocast(self.config, self.run.device):
+            self.method.after_step(*seen, step=step)
         self.step += 1
         logger.advance()
         if self._is_due("log_per_iter"):

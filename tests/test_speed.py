@@ -1,0 +1,81 @@
+"""Faster arithmetic trains the same method: near the same losses, in the same types outside the networks."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import CrossTeacher
+from tests.test_cross_teacher import build, full_banks
+from utils.config import Config
+from utils.speed import arrange, autocast
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def losses(
+    tiny_config: Callable[..., Config], batches: Any
+) -> Callable[..., tuple[dict[Any, torch.Tensor], CrossTeacher]]:
+    """All losses of a first step with the gradients taken, and the method after it."""
+
+    def compute(network: str = "DeepLab", **training: Any) -> tuple[dict[Any, torch.Tensor], CrossTeacher]:
+        changes = {f"training__{key}": value for key, value in training.items()}
+        config = tiny_config(model=network, training__contrastive__contrast_start=0,
+                             training__contrastive__direction="none", **changes)  # fmt: skip
+        method = full_banks(build(config))
+        arrange(method, config)
+        labeled, unlabeled = batches()
+        with autocast(config, CPU):
+            found = method.training_step(labeled, unlabeled, step=0)
+        method.total_loss(found, step=0).backward()
+        with autocast(config, CPU):
+            method.after_step(labeled, step=0)
+        return found, method
+
+    return compute
+
+
+@pytest.mark.parametrize("network", ["DeepLab", "DeepLabv3+"])
+@pytest.mark.parametrize("training", [{"channels_last": True}, {"precision": "bf16", "channels_last": True}])
+def test_losses_are_near_those_of_float32_and_are_float32_themselves(losses: Any, network: str, training: dict):
+    plain, _ = losses(network)
+    fast, method = losses(network, **training)
+    assert plain.keys() == fast.keys()
+    tolerance = 0.1 if "precision" in training else 1e-4
+    for key, loss in fast.items():
+        assert loss.dtype == torch.float32
+        assert loss.isfinite()
+        assert loss.item() == pytest.approx(plain[key].item(), abs=tolerance), key
+    assert all(parameter.dtype == torch.float32 for parameter in method.parameters())
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in method.students.parameters())
+    assert all(bank.entries.dtype == torch.float32 for bank in method.banks)
+
+
+def test_bf16_really_computes_in_bfloat16(losses: Any):
+    plain, _ = losses()
+    fast, _ = losses(precision="bf16")
+    assert any(fast[key].item() != plain[key].item() for key in plain)
+
+
+def test_weights_in_channels_last_order_have_the_same_values_and_names(losses: Any):
+    _, plain = losses()
+    _, fast = losses(channels_last=True)
+    assert plain.state_dict().keys() == fast.state_dict().keys()
+    weight = fast.students[0].backbone.layer1[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(weight, plain.students[0].backbone.layer1[0].conv1.weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_step_prints_its_table_and_writes_its_numbers(tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks.step", "--backbone", "resnet18", "--size", "65,65", "--batch", "1",
+               "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "step.json")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "bf16 channels-last" in done.stdout
+    assert (tmp_path / "step.json").is_file()
