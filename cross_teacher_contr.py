@@ -17,13 +17,12 @@ def main(network: str = "DeepLab") -> int:
     config = for_network(load_config(args.config, overrides=training_overrides(args)), network)
 
     # Only now what takes seconds to import: a wrong key or --help is answered at once.
-    from utils.distributed import launch, part_size, process_group, world
+    from utils.distributed import launch, process_group, world
     from utils.run import check_request
 
     check_request(name=args.name, resume=args.resume, device=args.device, processes=args.gpus)
     if args.gpus > 1 and world().size == 1:
         return launch(args.gpus)
-    part_size(config, world())
     with process_group(args.device, timeout=config.training.process_timeout) as here:
         return train(args, config, here)
 
@@ -63,10 +62,9 @@ def train(args: Namespace, config: Config, here: "World") -> int:
     def picture(path: Path, step: int) -> None:
         batch = preview_batch(files).to(run.device)
         columns = method.preview(batch, step=step)  # in every process: BatchNorm may be shared among them
-        title = f"{args.name}, step {step}: validation images treated as unlabeled ones"
         if here.is_first:
             shown = {"input": columns.pop("input"), "truth": batch.labels, **columns}
-            save_picture(path, shown, title=title, config=config)
+            save_picture(path, shown, title=f"{args.name}, step {step}: val, as if unlabeled", config=config)
 
     trainer = Trainer(
         method,
@@ -81,12 +79,10 @@ def train(args: Namespace, config: Config, here: "World") -> int:
         here=here,
     )
     evaluation = trainer.fit()
-    if evaluation is None:
-        return 128 + (trainer.stop_signal or 0)
-    if here.is_first:
+    if evaluation is not None and here.is_first:
         last = run.folder / "checkpoint.pth"
         print_result(evaluation, last, again=["evaluateSSL.py", "-m", str(last), "--protocol", protocol])
-    return 0
+    return 128 + (trainer.stop_signal or 0) if evaluation is None else 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import cv2
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.cache import DiskCache
 from data.datasets import DatasetFiles
 from data.decode import read_image
 from data.transforms import random_crop, resize
@@ -82,6 +84,14 @@ class TrainingCrops(Dataset[Batch | UserError]):
         self.files, self.stream = files, stream
         self.ids = files.ids(stream)
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self.resize = parse_size(files.block.resize) if files.block.resize else None
+        data, config = files.config.training.data, files.config
+        if data.cache == "disk":
+            classes = (files.block.label_ids, config.num_classes, config.ignore_label)
+            self.images: DiskCache | None = DiskCache(Path(data.cache_dir), repr(self.resize))
+            self.labels: DiskCache | None = DiskCache(Path(data.cache_dir), repr((self.resize, classes)))
+        else:
+            self.images = self.labels = None
 
     def id_at(self, position: int) -> str:
         """The image at a position of the stream."""
@@ -98,6 +108,15 @@ class TrainingCrops(Dataset[Batch | UserError]):
         except UserError as error:  # a value, so that no worker's traceback is wrapped around it
             return self._substitute(position, error) if self.files.config.training.data.bad_sample == "skip" else error
 
+    def _kept(self, cache: DiskCache | None, path: Path, read: Callable[[Path], np.ndarray]) -> np.ndarray:
+        """What ``read`` makes of a file, at the dataset's ``resize``."""
+
+        def make() -> np.ndarray:
+            array = read(path)
+            return resize(array, self.resize) if self.resize else array
+
+        return cache.get(path, make) if cache is not None else make()
+
     def _substitute(self, position: int, error: UserError) -> Batch | UserError:
         """The same crop of another image, drawn by the position alone; the error if ten in a row are damaged too."""
         rng = np.random.default_rng(keyed_seed(self.files.config.seed, self.stream, "substitute", position))
@@ -110,15 +129,12 @@ class TrainingCrops(Dataset[Batch | UserError]):
         return error
 
     def _crop(self, position: int, identifier: str) -> Batch:
-        config = self.files.config
+        config, files = self.files.config, self.files
+        image = self._kept(self.images, files.image_path(identifier), read_image)
         if self.stream == "labeled":
-            image, label = self.files.read_pair(identifier)
+            label = self._kept(self.labels, files.label_path(identifier), lambda _: files.read_classes(identifier))
         else:
-            image = read_image(self.files.image_path(identifier))
             label = np.full(image.shape[:2], config.ignore_label, dtype=np.uint8)
-        if self.files.block.resize:
-            size = parse_size(self.files.block.resize)
-            image, label = resize(image, size), resize(label, size)
         rng = np.random.default_rng(keyed_seed(config.seed, self.stream, "crop", position))
         return _crop_batch(image, label, config.training.data, rng=rng, identifier=identifier, files=self.files)
 
@@ -236,7 +252,7 @@ def _crop_batch(
 ) -> Batch:
     """One crop as a Batch without its first dimension."""
     image, label, valid = random_crop(image, label, data=data, ignore_label=files.config.ignore_label, rng=rng)
-    return Batch(_to_tensor(image), torch.from_numpy(label).long(), torch.from_numpy(valid), [identifier])
+    return Batch(_to_tensor(image), torch.from_numpy(np.array(label)).long(), torch.from_numpy(valid), [identifier])
 
 
 def _join_crops(crops: list[Batch]) -> Batch:

@@ -199,6 +199,10 @@ class DataConfig(Section):
     scale_range: tuple[Rate, Rate] = Field((0.5, 1.5), description="the factor's range")
     crop: bool = Field(True, description="crop at a random place; false: in the middle")
     flip: bool = Field(True, description="mirror left-right with probability 0.5")
+    cache: Literal["none", "disk"] = Field(
+        "none", description="disk: keep decoded, resized training images in cache_dir; quicker, needs the room"
+    )
+    cache_dir: str = Field("cache", description="folder of that cache; may be shared by runs and machines")
     bad_sample: Literal["stop", "skip"] = Field(
         "stop", description="a damaged training file: stop with its name, or take another image in its place and say so"
     )
@@ -470,7 +474,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 FREE_KEYS = (
     *("utils.checkpoint_dir", "utils.save_", "utils.keep_", "utils.val_per_iter", "utils.tensorboard"),
     *("utils.log_per_iter", "training.num_workers", "training.accumulation", "training.process_timeout"),
-    *("training.data.timeout", "training.data.bad_sample_limit"),
+    *("training.data.timeout", "training.data.bad_sample_limit", "training.data.cache"),
     *("data_root", "dataset.root", "dataset.test", "dataset.palette"),
 )
 

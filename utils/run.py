@@ -18,7 +18,7 @@ import torch
 
 from utils.checkpoint import load_checkpoint, older_checkpoints, remove_leftovers
 from utils.config import Config, different_keys, dump_config
-from utils.distributed import ALONE, World, from_first
+from utils.distributed import ALONE, World, from_first, part_size
 from utils.errors import CheckpointError, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -85,6 +85,7 @@ def start_run(config: Config, *, name: str, resume: str | None, device: str, her
     checkpoint that is damaged or does not fit the config. Only "auto" goes back to an older checkpoint, and says so.
     """
     check_request(name=name, resume=resume, device=device)
+    part_size(config, here)
     if config.training.deterministic:
         make_deterministic()
     where = choose_device(device, here)
