@@ -8,6 +8,7 @@ change among it, so that a changed source is another file.
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ class DiskCache:
                 np.save(file, array, allow_pickle=False)
             os.replace(unfinished, path)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink()
             raise StorageError(
                 f"{path}: cannot write the cache of decoded images ({error.strerror}); free some room, choose another "
                 'training.data.cache_dir, or set training.data.cache to "none"'
