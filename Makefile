@@ -3,7 +3,7 @@ BIN    := .venv/bin
 # One thread a process for the tests, which run side by side; everything else takes all cores.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: help demo test quick lint types check schema compare clean
+.PHONY: help demo test quick lint types check schema drill compare clean
 
 help:               ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -40,6 +40,9 @@ check: lint types test ## what CI runs
 
 schema: .venv/runtime ## write configs/config.schema.json and print the README's table of keys
 	$(BIN)/python -m utils.config
+
+drill: .venv/development ## the fire drill: kills, damage, full disks, dead processes; a table of what survived
+	$(TEST_ENV) $(BIN)/python -m tests.drill
 
 # Longer than the demo: 1200 steps a run. --jobs 2: two runs side by side, one core each.
 compare: .venv/runtime ## the README's comparison on the demo dataset: 3 seeds, with and without unlabeled images

@@ -241,9 +241,11 @@ class DatasetFiles:
         """Ids from a text file below root or this project, or, when ``source`` has a *, from the images that exist."""
         if "*" in source:
             before, after = self.block.images.split("{id}")[:2]
-            found = sorted(
-                path.relative_to(self.root).as_posix() for path in self.root.glob(f"{before}{source}{after}")
-            )
+            try:
+                paths = list(self.root.glob(f"{before}{source}{after}"))
+            except (NotImplementedError, ValueError) as error:
+                raise UserError(f"{before}{source}{after}: no pattern of files below {self.root} ({error})") from None
+            found = sorted(path.relative_to(self.root).as_posix() for path in paths)
             ids = [name[len(before) : len(name) - len(after)] for name in found]
             what = f"{self.root / (before + source + after)} matches no image"
         else:

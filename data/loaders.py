@@ -28,6 +28,7 @@ from utils.errors import UserError, loader_errors
 from utils.randomness import keyed_seed
 
 Item = TypeVar("Item")
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 SUBSTITUTES = 10  # images tried in place of a damaged one
 
 
@@ -66,7 +67,11 @@ class Loader(Generic[Item]):
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Item]:
-        iterator = iter(self.loader)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit it, see _start_worker
+        try:
+            iterator = iter(self.loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             with loader_errors():
                 for item in iterator:
@@ -75,6 +80,8 @@ class Loader(Generic[Item]):
                     yield item
         finally:  # at once, not when the iterator happens to be collected: its workers hear no signal
             getattr(iterator, "_shutdown_workers", lambda: None)()
+            for worker in getattr(iterator, "_workers", ()):
+                worker.kill()  # one that hangs in a read hears nothing else
 
 
 class TrainingCrops(Dataset[Batch | UserError]):
@@ -274,6 +281,7 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave_in_a_minute)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # not before: one that came meanwhile would have ended it
     cv2.setNumThreads(0)
 
 

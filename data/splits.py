@@ -180,7 +180,7 @@ def import_ids(path: Path, known: Sequence[str], *, pattern: str) -> list[str]:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no text, or no path
         raise UserError(
             f"{path}: cannot read this id list ({error}); expected a text file with one id a line"
         ) from None

@@ -460,6 +460,8 @@ def check_config(values: dict[str, Any], *, source: str) -> Config:
     """Check already parsed values; ``source`` names them in messages."""
     try:
         return Config.model_validate_json(json.dumps(values), strict=True)
+    except RecursionError:
+        raise UserError(f"{source}: not a configuration, its brackets are nested too deeply") from None
     except ValidationError as error:
         lines = sorted({_explain(detail, source) for detail in error.errors(include_url=False)})
         raise UserError("\n       ".join(lines)) from None
@@ -511,6 +513,8 @@ def _parse_json(text: str, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: not a configuration, its brackets are nested too deeply") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{source}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{source}: not a configuration ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected one JSON object {{...}}, found {type(values).__name__}")
     return values
@@ -523,7 +527,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: expected KEY=VALUE, for example --set training.batch_size=4")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets without end
         value = text
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"--set {override}: {text} is not a finite number")
@@ -566,6 +570,7 @@ def _explain(detail: Any, source: str) -> str:
     elif detail["type"] == "string_pattern_mismatch" or (detail["type"] == "string_type" and parts[-1] in SIZES):
         message = 'expected a size "height,width", for example "321,321"'
     given = json.dumps(detail["input"]) if not isinstance(detail["input"], dict) else None
+    given = f"{given[:100]} ..." if given is not None and len(given) > 200 else given
     return f"{source}: {key}{' = ' + given if given is not None else ''}: {message}"
 
 

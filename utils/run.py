@@ -62,9 +62,9 @@ class Run:
 
 def check_request(*, name: str, resume: str | None, device: str, processes: int = 1) -> None:
     """What can be said of a training command before its data are looked at; raises as ``start_run``."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{,99}", name):
         raise UserError(
-            f"--name {name!r}: expected letters, digits and . _ + - only, because it becomes a folder's name"
+            f"--name {name!r}: expected at most 100 letters, digits and . _ + -, because it becomes a folder's name"
         )
     choose_device(device)
     if processes > 1 and device != "cpu" and processes > torch.cuda.device_count():
@@ -105,8 +105,9 @@ def _open_run(config: Config, where: torch.device, *, name: str, resume: str | N
         folder = _new_folder(Path(config.utils.checkpoint_dir), name)
         (folder / "config.json").write_text(json.dumps(dump_config(config), indent=1) + "\n", encoding="utf-8")
         return Run(folder, where), None
+    named = load_checkpoint(path) if resume != "auto" else None  # before anything is written or removed beside it
     run = Run(path.parent, where)
-    found, checkpoint = _load_newest_good(path) if resume == "auto" else (path, load_checkpoint(path))
+    found, checkpoint = (path, named) if named is not None else _load_newest_good(path)
     refuse_other_config(found, json.loads(checkpoint["config"]), dump_config(config))
     run.checkpoint = checkpoint
     run.step_on_disk = checkpoint["step"] if found.name == "checkpoint.pth" else None
@@ -203,6 +204,6 @@ def _new_folder(parent: Path, name: str) -> Path:
             return folder
         except FileExistsError:
             continue
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a null byte
             raise UserError(f"{folder}: cannot make the run folder ({error}); set utils.checkpoint_dir") from None
     raise UserError(f"{parent}: a thousand runs named {stem}; choose another --name")

@@ -2,9 +2,10 @@
 
 import itertools
 import json
+import signal
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Trainer:
         if images_folder is not None:
             images_folder.mkdir(parents=True, exist_ok=True)
         self.step, self.best = 0, {"mean_iou": -1.0, "step": -1}  # step: number of steps done
+        self.must_validate = False  # between a step after which a validation is due, and its end
         self.step_on_disk, self.bad_files = run.step_on_disk, set[str]()
         self.agreed_signal: int | None = None
         buffers = [buffer for student in method.students for buffer in student.buffers()]
@@ -77,16 +79,19 @@ class Trainer:
         )
         streams = ("labeled", "unlabeled") if self.config.training.unlabeled.train_unlabeled else ("labeled",)
         loaders = [iter(self.loader(stream, self.step)) for stream in streams]
-        evaluation = None
         self.method.train()
         try:
             with self.run.stoppable(), loader_errors():
+                evaluation = self._validate(logger) if self.must_validate else None
                 parts = zip(*loaders, strict=True)
                 while step := list(itertools.islice(parts, self.config.training.accumulation)):
-                    self._train_one(logger, step)
-                    evaluation = self._validate(logger) if self._is_due("val_per_iter") else evaluation
+                    with _in_one_piece():
+                        self._train_one(logger, step)
+                        self.must_validate = self._is_due("val_per_iter")
+                    evaluation = self._validate(logger) if self.must_validate else evaluation
                     if self._is_due("save_checkpoint_every") or self.stop_signal:
-                        self.save_last()
+                        with _in_one_piece():
+                            self.save_last()
                     if self.stop_signal:
                         how = "continue with --resume auto"
                         logger.message(f"stopped by signal {self.stop_signal} after step {self.step}; {how}")
@@ -128,6 +133,7 @@ class Trainer:
             "facts": self.facts,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "must_validate": self.must_validate,
             "threads": torch.get_num_threads(),
             "parts": self.here.size * self.config.training.accumulation,
         }
@@ -164,6 +170,13 @@ class Trainer:
 
     def _validate(self, logger: RunLogger) -> Evaluation:
         evaluation = self.evaluate(self.step)
+        with _in_one_piece():
+            self._keep_best(logger, evaluation)
+        if self.images_folder is not None:
+            self.picture(self.images_folder / f"step_{self.step:06d}.png", self.step)
+        return evaluation
+
+    def _keep_best(self, logger: RunLogger, evaluation: Evaluation) -> None:
         logger.scalars(self.step, evaluation.scalars())
         score = evaluation.mean_iou()
         logger.message(
@@ -174,9 +187,7 @@ class Trainer:
             self.best = {"mean_iou": score, "step": self.step}
             if self.config.utils.save_best_model:
                 self.save(self.run.folder / "best_model.pth")
-        if self.images_folder is not None:
-            self.picture(self.images_folder / f"step_{self.step:06d}.png", self.step)
-        return evaluation
+        self.must_validate = False
 
     def _write_results(self, evaluation: Evaluation) -> None:
         if self.here.is_first:
@@ -196,6 +207,7 @@ class Trainer:
                 f"{self.run.folder}: trained with other labeled images ({state['facts']}, now {self.facts})"
             )
         self.step, self.best = state["step"], state["best"]
+        self.must_validate = state.get("must_validate", False)
         now = {"threads": torch.get_num_threads(), "parts": self.here.size * self.config.training.accumulation}
         changed = [f"{key} {state[key]}, now {value}" for key, value in now.items() if state.get(key, value) != value]
         if changed:
@@ -262,6 +274,19 @@ class Trainer:
             f"{last if last.is_file() else 'none yet'}; the state before this step: {before}. "
             "A smaller training.learning_rate is the usual cure"
         )
+
+
+@contextmanager
+def _in_one_piece() -> Iterator[None]:
+    """torch raises from its handler of SIGCHLD, wherever the loop is, when a loading process dies: not in here."""
+    noted: list[tuple[Any, ...]] = []
+    previous = signal.signal(signal.SIGCHLD, lambda *args: noted.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+    if noted and callable(previous):
+        previous(*noted[-1])
 
 
 def build_optimizer(networks: Iterable[Any], config: Config) -> Optimizer:
