@@ -240,6 +240,8 @@ class DatasetFiles:
     def _read_ids(self, source: str) -> list[str]:
         """Ids from a text file below root or this project, or, when ``source`` has a *, from the images that exist."""
         if "*" in source:
+            if ".." in source.split("/"):
+                raise UserError(f"{source}: a pattern is matched below {self.root} and must not leave it")
             before, after = self.block.images.split("{id}")[:2]
             try:
                 paths = list(self.root.glob(f"{before}{source}{after}"))

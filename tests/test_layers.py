@@ -1,6 +1,7 @@
 """The house rules that a machine can hold: who may import whom, how long a function is, how files are loaded."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,13 @@ def test_functions_stay_readable():
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 65:
                 long.append(f"{path.name}:{node.lineno} {node.name}")
     assert long == []
+
+
+def test_every_test_that_the_readme_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", (PROJECT / "README.md").read_text()))
+    source = "".join(path.read_text() for path in (PROJECT / "tests").glob("*.py"))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if f"def {name}(" not in source] == []
 
 
 def test_the_step_of_the_paper_fits_one_screen():

@@ -163,11 +163,12 @@ def choose_device(wanted: str, here: World = ALONE) -> torch.device:
 
 
 def newest_checkpoint(config: Config, name: str) -> Path | None:
-    """The last written checkpoint.pth among this name's run folders."""
+    """checkpoint.pth of that of this name's run folders in which a checkpoint was written last."""
     pattern = re.compile(rf"\d\d-\d\d_\d\d-\d\d-{re.escape(name)}(~\d+)?")  # ~: no name has it
     folders = [f for f in Path(config.utils.checkpoint_dir).glob("*") if pattern.fullmatch(f.name)]
-    found = [path for folder in folders if (path := folder / "checkpoint.pth").is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    found = [path for folder in folders for path in folder.glob("checkpoint*.pth")]
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return newest.parent / "checkpoint.pth" if newest is not None else None
 
 
 def refuse_other_config(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -177,6 +177,8 @@ class Trainer:
         return evaluation
 
     def _keep_best(self, logger: RunLogger, evaluation: Evaluation) -> None:
+        """Log a validation; best_model.pth if none was better."""
+        self.must_validate = False
         logger.scalars(self.step, evaluation.scalars())
         score = evaluation.mean_iou()
         logger.message(
@@ -187,7 +189,6 @@ class Trainer:
             self.best = {"mean_iou": score, "step": self.step}
             if self.config.utils.save_best_model:
                 self.save(self.run.folder / "best_model.pth")
-        self.must_validate = False
 
     def _write_results(self, evaluation: Evaluation) -> None:
         if self.here.is_first:
