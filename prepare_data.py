@@ -36,6 +36,10 @@ def init(args: argparse.Namespace) -> int:
 
     name = args.name or re.sub(r"[^\w.+-]+", "_", args.root.resolve().name) or "custom"
     output = args.output or PROJECT / "configs" / f"{name}.json"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
+        raise UserError(f"--name {name!r}: expected letters, digits and . _ + - only, because it becomes file names")
+    if args.pretrained not in (None, "none", "imagenet", "coco") and not Path(args.pretrained).is_file():
+        raise UserError(f"--pretrained {args.pretrained}: no such file; or one of none, imagenet, coco")
     found = describe(args.root, name=name, lists=PROJECT / "splits" / name, labeled=args.labeled, val=args.val)
     values = found.values | {key: getattr(args, key) for key in ("backbone", "pretrained") if getattr(args, key)}
     config = check_config(values, source=str(args.root))

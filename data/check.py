@@ -411,8 +411,8 @@ def _judge_ids(survey: _Survey, config: Config, errors: list[str], notes: list[s
             if foreign:
                 most = sorted(sorted(foreign, key=lambda i: -ids.pixels[i])[:SHOWN])
                 lines = [
-                    f"{prefix}label ids out of range: {len(foreign)}; expected 0..{classes - 1} or ignore_label "
-                    f"{ignore}. {_likely_cause(np.flatnonzero(ids.pixels).tolist(), foreign, config)}"
+                    f"{prefix}{count_text(len(foreign), 'label id')} out of range; expected 0..{classes - 1} or "
+                    f"ignore_label {ignore}. {_likely_cause(np.flatnonzero(ids.pixels).tolist(), foreign, config)}"
                 ]
                 lines += [
                     f"id {i}: {count_text(int(ids.pixels[i]), 'pixel')} in {count_text(int(ids.files[i]), 'file')}, "

@@ -73,17 +73,26 @@ def describe(
     found = Description({}, [
         f"images              {layout.images}: {len(layout.pairs) + len(layout.alone)}",
         f"label maps          {layout.labels}: {len(layout.pairs)}",
+        *_unused(root, layout),
     ], seed=seed)  # fmt: skip
     block = {"name": name, "root": str(root), "images": layout.images, "labels": layout.labels}
     ignore_label = _describe_classes(root, layout, block, found.notes)
     _Lists(root, layout, lists, found).describe(block, labeled, val)
     shown = [root / layout.images.replace("{id}", one) for one in layout.pairs[:200]]
-    side = min(LARGEST_CROP, int(median(min(image_size(path)) for path in shown)))
+    sizes = [size for path in shown if (size := _size_if_readable(path))]
+    side = min(LARGEST_CROP, int(median(map(min, sizes))) if sizes else LARGEST_CROP)
     found.values = {
         "model": "DeepLabv3+", "backbone": "resnet50", "pretrained": "imagenet", "dataset": block, "seed": seed,
         "ignore_label": ignore_label, "training": {"data": {"input_size": f"{max(33, side)},{max(33, side)}"}},
     }  # fmt: skip
     return found
+
+
+def _size_if_readable(path: Path) -> tuple[int, int] | None:
+    try:
+        return image_size(path)
+    except UserError:
+        return None  # the check will say why
 
 
 def _preset(root: Path) -> str | None:
@@ -96,6 +105,17 @@ def _preset(root: Path) -> str | None:
     ):
         return "configVOC"
     return None
+
+
+def _unused(root: Path, layout: Layout) -> list[str]:
+    """A note of images that the layout leaves out: in other folders, or of other endings."""
+    taken = {layout.images.replace("{id}", one) for one in layout.pairs + layout.alone}
+    taken |= {layout.labels.replace("{id}", one) for one in layout.pairs}
+    found = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    others = [name for path in found if (name := path.relative_to(root).as_posix()) not in taken]
+    if not others:
+        return []
+    return [f"not used            {len(others)} other image files, for example {others[0]}: one folder, one ending"]
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -204,11 +224,12 @@ def _why_no_pairs(root: Path, photos: dict[Place, list[str]], masks: dict[Place,
     if not count(masks):
         return (
             f"{root}: {count(photos)} images, but no label maps: 8-bit gray or palette PNGs of class ids. "
-            "Colored (RGB) or 16-bit label maps must be converted to class ids first"
+            "Colored (RGB), 16-bit or JPEG ones must be converted to class ids first; beside PNG images they need "
+            "a folder of their own"
         )
     return (
         f"{root}: {count(photos)} photographs and {count(masks)} label maps, but no names that agree. Expected for "
-        "example images/train/1.jpg with masks/train/1.png: one folder for images, one for label maps, the same below"
+        "example images/train/1.jpg with masks/train/1.png or 1_mask.png: one folder for images, one for label maps"
     )
 
 
@@ -224,11 +245,14 @@ def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: 
     damaged = sum(one is None for one in values)
     notes.append(f"ids in label maps    {spans_text(set(found))}" + (f"; {damaged} cannot be read" if damaged else ""))
     given = _names_in_files(root)
-    notes.append(f"ids in label maps    {spans_text(set(found))}")
     if given:
         block |= {key: given[key] for key in ("names", "palette") if given.get(key)}
         ignore_label = int(given.get("ignore", 255))
         notes.append(f"class names         {given['file']}: {len(given['names'])}")
+        meant = [one for one in found if one not in (ignore_label, 255)]
+        if len(meant) == len(given["names"]) and meant != list(range(len(meant))):  # such as ids from 1
+            block["label_ids"] = meant
+            notes.append(f"label_ids           {spans_text(set(meant))} are the classes in this order")
         return ignore_label if ignore_label >= len(given["names"]) else 255
     if found == [0, 255]:
         block |= {"names": ["background", "foreground"], "label_ids": [0, 255]}
@@ -237,7 +261,7 @@ def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: 
     ids = [one for one in found if one != 255]
     if not ids:
         raise UserError(f"{root}: the label maps of {layout.labels} hold nothing but 255, which is ignored")
-    if ids[-1] + 1 > 2 * len(ids):  # such as 0, 38, 75: gray levels rather than numbers
+    if ids[-1] + 1 > 2 * len(ids) or ids[0] > 0:  # such as 0, 38, 75: gray levels; or 1, 2, 3
         block |= {"num_classes": len(ids), "label_ids": ids}
     else:
         block["num_classes"] = ids[-1] + 1
@@ -292,11 +316,12 @@ class _Lists:
             source = self._only(role)
             if source:
                 block[role] = source
+                self.notes.append(f"{role + ' list':<20}{source}: {len(self._ids(source))}")
                 held_out |= set(self._ids(source))
         if "val" not in block:
             rest = [one for one in self.layout.pairs if one not in held_out]
             order, _ = draw_order(rest, seed=self.seed)
-            drawn = sorted(order[: count_of(parse_amount(val), len(rest))])
+            drawn = sorted(order[: count_of(parse_amount(val), len(rest), what="val")])
             block["val"] = self._make("val", drawn)
             held_out |= set(drawn)
         train = self._only("train")

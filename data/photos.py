@@ -28,6 +28,8 @@ def find_photos(source: Path, *, output: Path) -> list[Photo]:
     would be written to the same place.
     """
     if source.is_dir():
+        if output.resolve() == source.resolve():
+            raise UserError(f"{output}: is the folder of the photographs; choose another one for what is made of them")
         below = output.resolve()
         paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
         paths = [path for path in paths if not path.resolve().is_relative_to(below)]

@@ -72,15 +72,19 @@ def parse_amount(text: str) -> Fraction | int:
     except (ValueError, ZeroDivisionError):
         amount = Fraction(0)
     if amount <= 0 or (amount.denominator > 1 and amount > 1):
-        raise UserError(f"{text!r} labeled images: expected a fraction such as 1/8 or 0.125, or a count such as 100")
+        raise UserError(
+            f"{text!r}: expected a fraction such as 1/8 or 0.125, a count such as 100, or for init a list that exists"
+        )
     return amount if amount < 1 else int(amount)
 
 
-def count_of(amount: Fraction | int, total: int) -> int:
+def count_of(amount: Fraction | int, total: int, *, what: str = "labeled") -> int:
     """How many images an amount is of ``total``. Raises UserError if none or all are left for the other list."""
     count = amount if isinstance(amount, int) else round(amount * total)
     if not 0 < count < total:
-        raise UserError(f"{amount} labeled of {total} training images is {count}; expected 1 to {total - 1}")
+        raise UserError(
+            f"--{what} {amount}: of {total} images that is {count}; expected 1 to {total - 1}, for example --{what} 1"
+        )
     return count
 
 
@@ -169,11 +173,15 @@ def import_ids(path: Path, known: Sequence[str], *, pattern: str) -> list[str]:
     ids = [meant(line) for line in lines]
     lost = [line.strip() for line, identifier in zip(lines, ids, strict=True) if identifier is None]
     if lost or not lines:
-        shown = "; ".join(lost[:3]) or "no line"
+        if not lines:
+            raise UserError(f"{path}: the list is empty; expected one image a line")
+        shown = "; ".join(lost[:3])
         raise UserError(f"{path}: {len(lost)} of {len(lines)} lines name no training image of the dataset: {shown}")
     found = [identifier for identifier in ids if identifier is not None]
     if len(set(found)) != len(found):
-        raise UserError(f"{path}: {len(found) - len(set(found))} images are named twice; list each once")
+        again = next(one for index, one in enumerate(found) if one in found[:index])
+        count = len(found) - len(set(found))
+        raise UserError(f"{path}: {count} images are named twice, for example {again}; list each once")
     return found
 
 

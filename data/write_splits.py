@@ -21,11 +21,12 @@ def draw_splits(
     labeled list. Raises UserError, before anything is written, for an amount that is none or too small to cover.
     """
     ids = files.train_ids()
-    files.check_paths(ids, what="training list", labels=cover)
-    counts = {amount: count_of(parse_amount(amount), len(ids)) for amount in amounts}
-    classes = _classes_of(files, ids) if cover else None
+    files.check_paths(ids, what="training list", labels=False)
+    able = [one for one in ids if files.label_path(one).is_file()]  # the others can only be unlabeled
+    counts = {amount: _count(amount, len(able), len(ids)) for amount in amounts}
+    classes = _classes_of(files, able) if cover else None
     lines = []
-    orders = {seed: draw_order(ids, seed=seed, classes_of=classes) for seed in seeds}
+    orders = {seed: draw_order(able, seed=seed, classes_of=classes) for seed in seeds}
     for seed, (_, needed) in orders.items():
         if short := [amount for amount, count in counts.items() if count < needed]:
             raise UserError(
@@ -35,10 +36,18 @@ def draw_splits(
     for amount, count in counts.items():
         for seed, (order, _) in orders.items():
             folder = output / amount.replace("/", "_") / f"seed{seed}"
-            about = {"dataset": files.block.name, "labeled": f"{amount} of {len(ids)} images", "seed": seed}
+            about = {"dataset": files.block.name, "labeled": f"{amount} of {len(able)} images", "seed": seed}
             about |= {"classes": "all covered"} if cover else {}
-            lines += _write_both(folder, order[:count], order[count:], about)
+            labeled = set(order[:count])
+            lines += _write_both(folder, order[:count], [one for one in ids if one not in labeled], about)
     return lines
+
+
+def _count(amount: str, able: int, total: int) -> int:
+    """How many images an amount of those with a label map is; all of them only if others are left."""
+    if able < total and amount.isdigit() and int(amount) == able:
+        return able
+    return count_of(parse_amount(amount), able, what="labeled")
 
 
 def take_names(files: DatasetFiles, path: Path, *, count: int | None, output: Path) -> list[str]:
@@ -64,15 +73,16 @@ def take_names(files: DatasetFiles, path: Path, *, count: int | None, output: Pa
     if count is not None and not 0 < count <= len(labeled):
         raise UserError(f"--count {count}: {path} names {len(labeled)} images")
     labeled = labeled[:count]
+    files.check_paths(labeled, what=f"images that {path.name} calls labeled", labels=True)
     chosen = set(labeled)
     if len(chosen) == len(ids):
         raise UserError(f"{path}: names all {len(ids)} training images; none would be left for the unlabeled list")
     lines = _write_both(output, labeled, [one for one in ids if one not in chosen], about)
     if with_pickle:
-        lines.append(
-            f"These are indices into {files.block.train} as it is here; they mean other images where that list has "
-            "another order. The release's Cityscapes indices follow the order of its author's disk, which nobody has."
-        )
+        source = files.block.train or f"{files.block.labeled} and then {files.block.unlabeled}"
+        lines.append(f"These were indices into {source} as it is here; with another order they mean other images.")
+        if files.block.name == "cityscapes":
+            lines.append("The release's follow the order in which its author's disk listed the files: nobody has it.")
     return lines
 
 

@@ -170,7 +170,10 @@ def find_weights(network: SegmentationNetwork, name_or_path: str) -> Path:
 
     file = _public_files(network).get(name_or_path)
     if file is None:
-        raise WeightsError(f"no public {name_or_path} weights for {_describe(network)}; give the path of a file")
+        known = ", ".join(map(repr, _public_files(network))) or "none"
+        raise WeightsError(
+            f"no public {name_or_path} weights for {_describe(network)}; known: {known}; or give the path of a file"
+        )
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     folder = os.environ.get(WEIGHTS_FOLDER_VARIABLE)
     for candidate in [Path(folder).expanduser(), cache] if folder else [cache]:
@@ -207,7 +210,8 @@ def _download(file: WeightsFile, cache: Path) -> Path:
 def _how_to_get(file: WeightsFile, cache: Path, reason: str) -> str:
     return (
         f"weights {file.name} not found, and {reason}. Fetch {file.url}, whose SHA-256 begins with "
-        f"{file.hash_prefix}, and put it into {cache} or the folder that ${WEIGHTS_FOLDER_VARIABLE} names."
+        f"{file.hash_prefix}, and put it into {cache} or the folder that ${WEIGHTS_FOLDER_VARIABLE} names. "
+        'With "none" training starts from random weights.'
     )
 
 

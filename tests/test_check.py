@@ -324,7 +324,7 @@ def test_ids_out_of_range_are_counted_over_the_whole_dataset(check, root: Path):
     save_label(root, "picture_7", 0, 1, 2, 2, 200)
     report = check()
     message = only(report.errors)
-    assert "label ids out of range: 2; expected 0..2 or ignore_label 255. Check the number of classes (3)" in message
+    assert "2 label ids out of range; expected 0..2 or ignore_label 255. Check the number of classes (3)" in message
     assert "id 9: 1800 pixels in 2 files, for example SegmentationClassAug/picture_1.png" in message
     assert "id 200: 600 pixels in 1 file, for example SegmentationClassAug/picture_7.png" in message
     assert [one.foreign_pixels for one in report.lists] == [1200, 0, 1200]

@@ -166,6 +166,33 @@ def test_names_and_palette_from_a_file(tmp_path: Path):
     assert describe(root, name="mine", lists=tmp_path / "lists").values["dataset"]["names"] == ["road", "car"]
 
 
+def test_ids_from_one_are_mapped_to_the_names_that_are_given(tmp_path: Path):
+    root = tmp_path / "root"
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        path = root / f"masks/{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(50, 60).astype(np.uint8) % 3 + 1).save(path)
+    (root / "classes.txt").write_text("road\ncar\nsky\n")
+    block, _, notes = described(root)
+    assert block["label_ids"] == [1, 2, 3]
+    assert "label_ids           1..3 are the classes in this order" in notes
+
+
+def test_images_that_are_left_out_are_told_and_damaged_ones_do_not_matter(tmp_path: Path):
+    root = tmp_path / "root"
+    for name in IDS:
+        photo(root / f"train/images/{name}.jpg")
+        mask(root / f"train/masks/{name}.png", 0, 1)
+    for name in IDS[:3]:
+        photo(root / f"val/images/{name}x.jpg")
+    (root / f"train/images/{IDS[0]}.jpg").write_bytes(b"not an image")
+    found = describe(root, name="mine", lists=tmp_path / "lists")
+    assert found.values["dataset"]["images"] == "train/images/{id}.jpg"
+    told = f"not used            3 other image files, for example val/images/{IDS[0]}x.jpg"
+    assert any(note.startswith(told) for note in found.notes)
+
+
 def test_known_layouts_become_their_shipped_configuration(tmp_path: Path):
     (tmp_path / "leftImg8bit/train").mkdir(parents=True)
     (tmp_path / "gtFine/train").mkdir(parents=True)
@@ -219,7 +246,7 @@ def ignored(root: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (colored, r"48 images, but no label maps: .*Colored \(RGB\) or 16-bit label maps must be converted"),
+        (colored, r"48 images, but no label maps: .*Colored \(RGB\), 16-bit or JPEG ones must be converted"),
         (unrelated, "24 photographs and 24 label maps, but no names that agree"),
         (empty, "no photographs"),
         (ignored, "hold nothing but 255"),

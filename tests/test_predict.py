@@ -79,10 +79,17 @@ def test_of_listed_paths_that_lead_out_only_the_name_is_kept(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("empty", "no image here"), ("gone.jpg", "do not exist"), ("gone", "expected an image"), ("l.txt", "x.jpg")],
+    [
+        ("empty", "no image here"),
+        ("out", "is the folder of the photographs"),
+        ("gone.jpg", "do not exist"),
+        ("gone", "expected an image"),
+        ("l.txt", "x.jpg"),
+    ],
 )
 def test_inputs_that_are_nothing_are_refused(tmp_path: Path, source: str, message: str):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "out").mkdir()
     (tmp_path / "l.txt").write_text("x.jpg\n")
     with pytest.raises(UserError, match=message):
         find_photos(tmp_path / source, output=tmp_path / "out")

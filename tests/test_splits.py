@@ -137,6 +137,21 @@ def test_with_cover_every_class_is_labeled_however_rare(files: Any, root: Path, 
     assert "classes all covered" in (root / f"out/5/seed{seed}/labeled.txt").read_text()
 
 
+def test_only_images_with_a_label_map_are_labeled(files: Any, root: Path):
+    for name in IDS[:7]:
+        (root / f"SegmentationClassAug/{name}.png").unlink()
+    draw_splits(files(), amounts=["2/5", "5"], seeds=[0], cover=True, output=root / "out")
+    labeled = read_ids(root / "out/2_5/seed0/labeled.txt")
+    assert len(labeled) == 2
+    assert set(labeled) <= set(IDS[7:])
+    assert set(read_ids(root / "out/5/seed0/labeled.txt")) == set(IDS[7:])
+    assert set(read_ids(root / "out/5/seed0/unlabeled.txt")) == set(IDS[:7])
+    (root / "theirs.txt").write_text(f"{IDS[8]}\n{IDS[2]}\n")
+    with pytest.raises(UserError, match=r"1 of 4 files of the images that theirs.txt calls labeled are missing"):
+        take_names(files(), root / "theirs.txt", count=None, output=root / "taken")
+    assert not (root / "taken").exists()
+
+
 def test_too_few_to_cover_every_class_is_refused_before_anything_is_written(files: Any, root: Path):
     with pytest.raises(UserError, match=r"2 images are needed for every class .* 1 is 1\. Take more"):
         draw_splits(files(), amounts=["6", "1"], seeds=[0], cover=True, output=root / "out")
@@ -265,7 +280,7 @@ def test_lines_that_name_no_training_image_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"1 of 2 lines name no training image of the dataset: nobody"):
         import_ids(tmp_path / "list.txt", IDS, pattern="JPEGImages/{id}.jpg")
     (tmp_path / "list.txt").write_text("picture_3\nJPEGImages/picture_3.jpg\n")
-    with pytest.raises(UserError, match="1 images are named twice"):
+    with pytest.raises(UserError, match="1 images are named twice, for example picture_3"):
         import_ids(tmp_path / "list.txt", IDS, pattern="JPEGImages/{id}.jpg")
 
 
@@ -279,7 +294,7 @@ def test_taken_names_become_two_lists(files: Any, root: Path):
     order = np.arange(12)[::-1].copy()  # the list is reversed, so these are the ids in order
     lines = take_names(files(), dump(root / "split_0.pkl", order), count=4, output=root / "pickled")
     assert read_ids(root / "pickled/labeled.txt") == IDS[:4]
-    assert "mean other images where that list has another order" in lines[1]
+    assert lines[1:] == ["These were indices into train.txt as it is here; with another order they mean other images."]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ def read_file(path: Path) -> Any:
         reason = (str(error).splitlines() or [""])[0]
         if isinstance(error, pickle.UnpicklingError):  # torch's text advises to run what is in the file
             reason = "damaged, or it holds more than tensors and plain values, which is never executed"
+        if isinstance(error, EOFError | zipfile.BadZipFile):
+            reason = "damaged, incomplete, or something else; copy it again"
         raise CheckpointError(f"{path}: not a readable PyTorch file ({type(error).__name__}: {reason})") from error
 
 
@@ -107,7 +109,9 @@ def check_format(state: Any, path: Path) -> dict[str, Any]:
     """``state`` as read from ``path``, if it is a checkpoint of a run in the format that this code writes."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         release = "; it is one of the authors' release: start from it with pretrained" if is_release(state) else ""
-        raise CheckpointError(f"{path}: not a checkpoint of this project (expected format {FORMAT!r}){release}")
+        raise CheckpointError(
+            f"{path}: not a checkpoint of this project (expected format {FORMAT!r}){release or ', nor of the release'}"
+        )
     if state.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: checkpoint format version {state.get('version')}; this code reads version {VERSION}"

@@ -79,8 +79,8 @@ def evaluation_parser() -> argparse.ArgumentParser:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help="which: student_0 student_1 teacher_0 teacher_1 ensemble, default all; the first is the main one where "
-        "there is no ensemble",
+        help="which: student_0 student_1 teacher_0 teacher_1 ensemble, default all; the main one is the "
+        "ensemble, or else the first in this order",
     )
     add("--workers", type=int, metavar="N", help="processes that load images; default: the configuration's")
     add(
@@ -170,7 +170,11 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
     add("root", type=Path, help="folder with images and, for some of them, label maps")
     add("--name", help="of the dataset; default: the folder's")
     add("--output", type=Path, metavar="CONFIG", help="file to write; default configs/<name>.json")
-    add("--labeled", metavar="LIST|AMOUNT", help="list below the folder, fraction (1/8) or count of labeled images")
+    add(
+        "--labeled",
+        metavar="LIST|AMOUNT",
+        help="list below the folder, fraction or count; default 1/8, or all that have a label map",
+    )
     add("--val", metavar="AMOUNT", default="1/10", help="images to validate on where no list says, default 1/10")
     add("--backbone", help="default resnet50")
     add("--pretrained", help='default imagenet; "none" needs no download')

@@ -420,7 +420,7 @@ def for_network(config: Config, model: str) -> Config:
     """The configuration with a script's own network, saying so where the file names another."""
     if config.model != model:
         warnings.warn(f'the configuration says model "{config.model}"; this script trains "{model}"', stacklevel=2)
-    if model == "DeepLabv3+" and "coco" in config.pretrained_by_peer:
+    if model == "DeepLabv3+" and "coco" in config.pretrained_by_peer and config.backbone == "resnet101":
         warnings.warn('DeepLabv3+ has no COCO weights: "coco" means ImageNet\'s here, as in the release', stacklevel=2)
     elif config.pretrained == "coco":
         warnings.warn(

@@ -102,7 +102,11 @@ class Evaluation:
         lines += [row("mean accuracy", (self.confusion[name].mean_accuracy() for name in names))]
         absent = {index: [name for name in names if iou[name][index] == 0] for index in self._absent()}
         unseen = [self.class_names[index] for index, models in absent.items() if not models]
-        wrong = [f"{self.class_names[index]} ({', '.join(models)})" for index, models in absent.items() if models]
+        wrong = [
+            f"{self.class_names[index]}{'' if models == names else ' (' + ', '.join(models) + ')'}"
+            for index, models in absent.items()
+            if models
+        ]
         lines += ["", f"in no label and no prediction, so in no mean: {', '.join(unseen)}"] if unseen else []
         lines += ["", f"in no label but predicted, so IoU 0 in the mean of: {', '.join(wrong)}"] if wrong else []
         return "\n".join(lines) + "\n"
