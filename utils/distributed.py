@@ -62,11 +62,16 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout))
     try:
+        wait = datetime.timedelta(seconds=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        # A restarted job finds the store of the one before: without a place of its own it may read where that one was.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
         yield here
     except RuntimeError as error:  # gloo and NCCL know no other
-        if not any(word in str(error) for word in ("gloo", "NCCL", "Connection", "timed out", "Timed out")):
+        if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection", "timed out", "Timed out")):
             raise
         reason = str(error).splitlines()[0]
         raise PeerError(
@@ -74,7 +79,8 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
             "its own message says why. Continue with --resume auto"
         ) from None
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def launch(count: int) -> int:
@@ -138,7 +144,9 @@ def parallel(method: nn.Module, config: Config, device: torch.device) -> nn.Modu
             warnings.warn(
                 "training.use_sync_batchnorm has no effect on a CPU: torch has it on GPUs alone", stacklevel=2
             )
-    return DistributedDataParallel(method, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the option's new name is not known before torch 2.15
+        return DistributedDataParallel(method, broadcast_buffers=False)
 
 
 # ------------------------------------------------------------------------------------------------ talking
