@@ -412,7 +412,10 @@ def fuzz(folder: Path, trials: int, seed: int) -> Fuzzed:
     good, saved = path.read_bytes(), load_checkpoint(path)
     refused, same, wrong = 0, 0, list[str]()
     for trial in range(trials):
-        path.write_bytes(corrupt(good, rng))
+        spoiled = good
+        while spoiled == good:  # zeros zeroed, or equal blocks swapped
+            spoiled = corrupt(good, rng)
+        path.write_bytes(spoiled)
         try:
             found = load_checkpoint(path)
         except CheckpointError:

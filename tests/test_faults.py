@@ -109,12 +109,10 @@ def test_a_checkpoint_named_by_path_is_never_replaced_by_another_one_in_silence(
 # ------------------------------------------------------------------------------------------------ spoiled files
 
 
-def test_a_spoiled_checkpoint_is_refused_or_right_whatever_was_spoiled(tmp_path: Path):
+def test_a_spoiled_checkpoint_is_refused_whatever_was_spoiled(tmp_path: Path):
     refused, same, wrong = faults.fuzz(tmp_path, 1000, seed=0)
     assert wrong == []
-    assert refused + same == 1000
-    assert refused > 600, "most of a checkpoint carries something"
-    print(f"{refused} of 1000 refused, {same} with damage where nothing is")
+    assert (refused, same) == (1000, 0)
 
 
 # ------------------------------------------------------------------------------------------------ kill -9

@@ -5,15 +5,17 @@ import pickle
 import re
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from utils.errors import CheckpointError, StorageError
 
 UNFINISHED = ".tmp"  # ending of a file that is being written
-FORMAT, VERSION = "cross-teacher-training", 1
+FORMAT, VERSION = "cross-teacher-training", 2
+SEAL = 8  # hexadecimal digits at the end of a file, its zip comment: the CRC of all bytes before
 RECORDS = ("step", "best", "config", "facts", "method", "optimizer")  # what a run needs to go on
 
 
@@ -25,13 +27,13 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, keep_old_as: Path | No
     """
     temporary = path.with_name(path.name + UNFINISHED)
     try:
-        if keep_old_as is not None and path.exists():
-            keep_old_as.unlink(missing_ok=True)
-            os.link(path, keep_old_as)  # a second name, so that at no moment there is none
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             torch.save({"format": FORMAT, "version": VERSION} | state, file)
+            _seal(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep_old_as is not None and path.exists():
+            _give_second_name(path, keep_old_as)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # else the new name may be lost with the power
@@ -43,6 +45,46 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, keep_old_as: Path | No
             f"{path}: cannot write this checkpoint ({error}); it needs {need:,.1f} MiB, {free:,.1f} MiB are free. "
             "Any older one is intact; free some room, or lower utils.keep_checkpoints"
         ) from error
+
+
+def _seal(file: BinaryIO) -> None:
+    """Make the CRC of a whole zip file its comment: the records' own CRCs cover the data, but not all of the file."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment is the last field
+    assert file.read(2) == b"\0\0", "torch.save writes no comment"
+    file.seek(-2, os.SEEK_END)
+    file.write(SEAL.to_bytes(2, "little"))
+    file.seek(0)
+    crc = _crc(file, file.seek(0, os.SEEK_END))
+    file.seek(0, os.SEEK_END)
+    file.write(f"{crc:0{SEAL}x}".encode())
+
+
+def _is_sealed(path: Path) -> bool:
+    """Whether not one byte of a file has changed since it was sealed."""
+    with path.open("rb") as file:
+        length = file.seek(0, os.SEEK_END) - SEAL
+        if length < 0:
+            return False
+        crc = _crc(file, length)
+        return file.read() == f"{crc:0{SEAL}x}".encode()
+
+
+def _crc(file: BinaryIO, length: int) -> int:
+    """Of the first bytes of a file, which is left behind them."""
+    file.seek(0)
+    crc = 0
+    while length > 0:
+        block = file.read(min(length, 2**20))
+        crc, length = zlib.crc32(block, crc), length - len(block)
+    return crc
+
+
+def _give_second_name(path: Path, name: Path) -> None:
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)  # so that at no moment the file has no name
+    except OSError:  # a file system without links
+        os.replace(path, name)
 
 
 def _size_of(state: Any) -> int:
@@ -101,7 +143,7 @@ def _check_archive(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of a run onto the CPU. CheckpointError: see ``read_file``, or it is of another format."""
+    """Read a checkpoint of a run onto the CPU. CheckpointError: see ``read_file`` and ``check_format``."""
     return check_format(read_file(path), path)
 
 
@@ -116,6 +158,8 @@ def check_format(state: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: checkpoint format version {state.get('version')}; this code reads version {VERSION}"
         )
+    if not _is_sealed(path):
+        raise CheckpointError(f"{path}: damaged, it is not byte for byte what was written; use another checkpoint")
     missing = [key for key in RECORDS if key not in state]
     if missing:
         raise CheckpointError(
