@@ -193,14 +193,6 @@ def _md5(path: Path) -> str:
 def _unpack(archive: Path, target: Path, inside: str, parts: Sequence[str]) -> Path:
     """Extract the files below the given parts of the archive's folder ``inside``; return that folder in ``target``."""
     wanted = [PurePosixPath(inside, part) for part in parts]
-    if not hasattr(tarfile, "data_filter"):
-        raise DataError(f"{archive}: unpacking it safely needs Python 3.11.4; unpack it in {archive.parent} by hand")
-
-    def keep(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-        checked = tarfile.data_filter(member, folder)  # raises for what would leave the folder, wanted or not
-        name = PurePosixPath(checked.name)
-        return checked if checked.isreg() and any(name.is_relative_to(part) for part in wanted) else None
-
     again = "nothing of it was kept; delete it and run again"
     try:
         with (
@@ -208,7 +200,15 @@ def _unpack(archive: Path, target: Path, inside: str, parts: Sequence[str]) -> P
             tqdm.wrapattr(raw, "read", total=archive.stat().st_size, desc=f"unpack {archive.name}") as file,
             tarfile.open(fileobj=file, mode="r|*") as members,
         ):
-            members.extractall(target, filter=keep)
+            for member in members:  # not extractall, whose safe filter Python before 3.11.4 does not have
+                name = PurePosixPath(member.name)
+                if name.is_absolute() or ".." in name.parts:
+                    raise DataError(f"{archive}: cannot unpack it ({name} would be written outside); {again}")
+                content = members.extractfile(member) if member.isreg() else None
+                if content is not None and any(name.is_relative_to(part) for part in wanted):
+                    (target / name).parent.mkdir(parents=True, exist_ok=True)
+                    with content, (target / name).open("wb") as written:
+                        shutil.copyfileobj(content, written)
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise DataError(f"{archive}: cannot unpack it ({error}); {again}") from None
     except OSError as error:

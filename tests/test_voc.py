@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import http.server
 import io
+import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -352,7 +353,7 @@ def test_a_full_disk_while_unpacking_is_told_with_the_place(tmp_path: Path, orig
     def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tarfile.TarFile, "makefile", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(StorageError, match=rf"cannot unpack {VOC_TAR} there \(No space left on device\)"):
         prepare_voc(tmp_path)
 
