@@ -111,6 +111,46 @@ def test_chunks_or_counts_change_the_formula(kind: str, counts: list[int], chunk
     assert_same(result, formula(kind, case, 0.1, counts))
 
 
+@pytest.mark.parametrize("counts", [[5, 5, 5, 5], [5, 1, 0, 3]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_that_does_not_wait_for_the_number_of_anchors_gives_another_loss(
+    kind: str, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.contrast._host_may_wait", lambda device: False)
+    case = random_case()
+    case["labels"][0, 0, :2] = torch.tensor([255, -1])
+    result = contrast(kind, case, counts=torch.tensor(counts))
+    assert_same(result, formula(kind, case, 0.1, counts))
+    case["mask"][:] = False
+    loss, gradient = contrast(kind, case)
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_max_anchors_is_not_the_loss_of_the_drawn_anchors(kind: str) -> None:
+    case = random_case(side=8)
+    case["labels"][:] = 0
+    case["labels"][0, :2, :2] = 1  # 4 pixels, 3 of them anchors
+    case["mask"][:] = True
+    case["mask"][0, 0, 0] = False
+    draw = {"max_anchors": 10, "generator": torch.Generator().manual_seed(3)}
+    loss, gradient = contrast(kind, case, **draw)
+    drawn = (gradient != 0).any(dim=1)
+    assert drawn.sum() == 10
+    assert (drawn & case["mask"]).sum() == 10
+    assert (drawn & (case["labels"] == 1)).sum() == 3  # the rare class keeps all it has
+    assert_same((loss, gradient), contrast(kind, {**case, "mask": drawn}))
+    again = contrast(kind, case, max_anchors=10, generator=torch.Generator().manual_seed(3))
+    other = contrast(kind, case, max_anchors=10, generator=torch.Generator().manual_seed(4))
+    assert again[0] == loss != other[0]
+    assert_same(contrast(kind, case, max_anchors=1000), contrast(kind, case))  # more than there are pixels
+    case["mask"][1:] = False
+    case["mask"][0, 3:] = False
+    few = case["mask"].sum() - 1
+    assert_same(contrast(kind, case, max_anchors=int(few) + 5), contrast(kind, case))  # more than there are anchors
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_entries_beyond_the_count_are_used(kind: str) -> None:
     case, counts = random_case(), torch.tensor([5, 1, 0, 3])

@@ -1,19 +1,21 @@
 """The two contrastive terms on cosine similarities (paper: L_hc and L_lc).
 
-Both compare every anchor with every bank entry. At VOC size that matrix has 33 620 x 5 376 numbers, so it is
-computed for `chunk_size` anchors at a time and computed again in the backward pass: the peak memory does not
-grow with the number of anchors, apart from their features.
+Both compare every anchor with every bank entry. At VOC size that matrix has 33 620 x 5 376 numbers, so some anchors
+are taken at a time. The gradient, which has a closed form, is computed along with the loss: of all those similarities
+nothing is kept for the backward pass and nothing is computed twice.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-CHUNK_SIZE = 2048  # anchors whose similarities are in memory at once
-# Log of "no such entry". Finite, because log-sum-exp over nothing but -inf has NaN gradients; exp of it is 0.
+# Anchors whose similarities are in memory at once: few fit into a CPU's caches, many keep a GPU busy.
+CHUNK_SIZE = {"cpu": 256, "cuda": 2048}
+# Log of "no such entry". Finite, so that no difference of two of them is NaN; exp of it is 0.
 ABSENT = -1e30
 # A shorter vector has no direction; the release's cosine similarity uses the same bound.
 MIN_NORM = 1e-8
@@ -30,7 +32,9 @@ def high_level_contrast(
     *,
     temperature: float,
     counts: Counts = None,
-    chunk_size: int = CHUNK_SIZE,
+    max_anchors: int | None = None,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Pull reliable features towards the bank entries of their class, away from all others (L_hc).
 
@@ -46,7 +50,9 @@ def high_level_contrast(
         temperature: t > 0; safe down to 0.01.
         counts: (C,) int64, filled entries per class, stored from index 0; one tensor for each bank. None: all
             are filled. Anchors of a class without entries are left out; such a class supplies no negatives.
-        chunk_size: anchors per chunk; changes time and memory, not the result.
+        max_anchors: draw so many anchors, the same number of each class as far as there are; None: all.
+        generator: CPU generator of that draw.
+        chunk_size: anchors per chunk; changes time and memory, not the result. None: what suits the device.
 
     Returns:
         () float32, at least 0; 0 with a graph and zero gradient if there are no anchors.
@@ -54,20 +60,22 @@ def high_level_contrast(
     Raises:
         ValueError: shapes do not fit together.
     """
-    entries, absent = _entries(bank, counts, features=features, labels=labels, mask=mask)
-    filled = ~absent
-    usable = filled.any(dim=1)
+    entries = _entries(bank, counts, features=features, labels=labels, mask=mask)
+    anchors = _choose_anchors(labels, mask, entries.filled.any(dim=1), max_anchors, generator)
 
-    def anchor_losses(anchors: Tensor, classes: Tensor) -> Tensor:
-        similarity, negatives = _similarities(anchors / temperature, classes, entries, absent)
-        positives = similarity.gather(1, classes.view(-1, 1, 1).expand(-1, 1, similarity.shape[2])).squeeze(1)
-        is_positive = filled[classes]  # (N, K)
-        # -log(e^p / (e^p + e^n)) = softplus(n - p)
-        losses = F.softplus(negatives.unsqueeze(1) - positives) * is_positive
-        return losses.sum(dim=1) / is_positive.sum(dim=1)  # at least 1: `usable`
+    def chunk(anchor: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        similarity, own = _similarities(anchor, anchors.classes[at], entries, temperature)
+        positives = similarity.gather(1, own)  # (n, K)
+        is_positive = entries.filled[anchors.classes[at]]
+        negatives, share = _log_sum_exp(similarity.scatter_(1, own, ABSENT))
+        gap = negatives[:, None] - positives  # -log(e^p / (e^p + e^n)) = softplus(n - p)
+        weight = is_positive * (anchors.weights[at] / is_positive.sum(dim=1).clamp(min=1))[:, None]
+        slope = gap.sigmoid() * weight
+        # d loss / d similarity: entries of other classes share what the positives of the anchor lose.
+        slopes = share.mul_(slope.sum(dim=1, keepdim=True)).scatter_(1, own, -slope)
+        return (F.softplus(gap) * weight).sum(), slopes @ entries.vectors / temperature
 
-    anchors, classes, weights, _ = _gather_anchors(features, labels, mask, usable)
-    return _chunked_sum(anchor_losses, anchors, weights, (classes,), chunk_size=chunk_size)
+    return _sum_over_anchors(chunk, features, anchors, chunk_size)
 
 
 def low_level_contrast(
@@ -79,7 +87,9 @@ def low_level_contrast(
     *,
     temperature: float,
     counts: Counts = None,
-    chunk_size: int = CHUNK_SIZE,
+    max_anchors: int | None = None,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Pull unreliable features towards the peer student's feature of the same pixel (L_lc).
 
@@ -96,7 +106,9 @@ def low_level_contrast(
         temperature: t > 0; safe down to 0.01.
         counts: (C,) int64, filled entries per class, stored from index 0; one tensor for each bank. None: all
             are filled. A class without entries supplies no negatives; its anchors are kept.
-        chunk_size: anchors per chunk; changes time and memory, not the result.
+        max_anchors: draw so many anchors, the same number of each class as far as there are; None: all.
+        generator: CPU generator of that draw.
+        chunk_size: anchors per chunk; changes time and memory, not the result. None: what suits the device.
 
     Returns:
         () float32, at least 0; 0 with a graph and zero gradient if there are no anchors.
@@ -104,31 +116,52 @@ def low_level_contrast(
     Raises:
         ValueError: shapes do not fit together.
     """
-    entries, absent = _entries(bank, counts, features=features, labels=labels, mask=mask)
+    entries = _entries(bank, counts, features=features, labels=labels, mask=mask)
     if peer_features.shape != features.shape:
         shapes = f"{tuple(features.shape)} and {tuple(peer_features.shape)}"
         raise ValueError(f"contrast: features of student and peer have shapes {shapes}; expected the same")
+    every_class = torch.ones(len(entries.filled), dtype=torch.bool, device=features.device)
+    anchors = _choose_anchors(labels, mask, every_class, max_anchors, generator)
 
-    def anchor_losses(anchors: Tensor, classes: Tensor, positives: Tensor) -> Tensor:
-        anchors = anchors / temperature
-        _, negatives = _similarities(anchors, classes, entries, absent)
-        return F.softplus(negatives - (anchors * _unit_length(positives)).sum(dim=1))
+    def chunk(anchor: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        similarity, own = _similarities(anchor, anchors.classes[at], entries, temperature)
+        positive, _ = _unit_length(_at(peer_features.detach(), anchors.pixels[at]))
+        negatives, share = _log_sum_exp(similarity.scatter_(1, own, ABSENT))
+        gap = negatives - (anchor * positive).sum(dim=1) / temperature
+        slope = gap.sigmoid() * anchors.weights[at]
+        gradient = slope[:, None] * (share @ entries.vectors - positive) / temperature
+        return (F.softplus(gap) * anchors.weights[at]).sum(), gradient
 
-    usable = torch.ones(len(entries), dtype=torch.bool, device=features.device)
-    anchors, classes, weights, pixels = _gather_anchors(features, labels, mask, usable)
-    positives = peer_features.detach().movedim(1, -1)[pixels]
-    return _chunked_sum(anchor_losses, anchors, weights, (classes, positives), chunk_size=chunk_size)
+    return _sum_over_anchors(chunk, features, anchors, chunk_size)
 
 
-def _unit_length(vectors: Tensor) -> Tensor:
-    """(..., D) -> float32 of length 1; a zero vector stays zero, with zero gradient (not 1 / MIN_NORM)."""
+class _Entries(NamedTuple):
+    """vectors: (C*K, D) float32 of length 1. filled: (C, K) bool. bias: (C*K,) float32, 0 or ABSENT."""
+
+    vectors: Tensor
+    filled: Tensor
+    bias: Tensor
+
+
+class _Anchors(NamedTuple):
+    """pixels: (N,) int64, of B*h*w. classes: (N,) int64. weights: (N,) float32: a sum -> the mean over classes of the
+    means over anchors; 0 where the pixel is no anchor."""
+
+    pixels: Tensor
+    classes: Tensor
+    weights: Tensor
+
+
+def _unit_length(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., D) -> float32 of length 1, and (..., 1) float32 1 / length; both 0 for a zero vector."""
     vectors = vectors.float()
     norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors * (norm > MIN_NORM) / norm.clamp(min=MIN_NORM)
+    inverse = (norm > MIN_NORM) / norm.clamp(min=MIN_NORM)
+    return vectors * inverse, inverse
 
 
-def _entries(bank: Bank, counts: Counts, *, features: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Join the banks along K, detached -> unit entries (C, K, D) float32, unfilled slots (C, K) bool."""
+def _entries(bank: Bank, counts: Counts, *, features: Tensor, labels: Tensor, mask: Tensor) -> _Entries:
+    """Join the banks along K. Raises ValueError where shapes do not fit together."""
     banks = [bank] if isinstance(bank, Tensor) else list(bank)
     per_bank: list[Tensor | None] = [None] * len(banks)
     if counts is not None:
@@ -142,74 +175,128 @@ def _entries(bank: Bank, counts: Counts, *, features: Tensor, labels: Tensor, ma
     if any(b.shape[-1] != features.shape[1] for b in banks):
         widths = [b.shape[-1] for b in banks]
         raise ValueError(f"contrast: features have {features.shape[1]} channels, bank entries {widths}")
-    absent = [
-        b.new_zeros(b.shape[:2], dtype=torch.bool)
-        if filled is None
-        else torch.arange(b.shape[1], device=b.device) >= filled.unsqueeze(1)
-        for b, filled in zip(banks, per_bank, strict=True)
+    filled = [
+        b.new_ones(b.shape[:2], dtype=torch.bool)
+        if count is None
+        else torch.arange(b.shape[1], device=b.device) < count.unsqueeze(1)
+        for b, count in zip(banks, per_bank, strict=True)
     ]
-    return _unit_length(torch.cat(banks, dim=1).detach()), torch.cat(absent, dim=1)
+    is_filled = torch.cat(filled, dim=1)
+    vectors, _ = _unit_length(torch.cat(banks, dim=1).detach())
+    bias = torch.zeros_like(is_filled, dtype=torch.float32).masked_fill_(~is_filled, ABSENT)
+    return _Entries(vectors.flatten(0, 1), is_filled, bias.flatten())
 
 
-def _gather_anchors(
-    features: Tensor, labels: Tensor, mask: Tensor, usable: Tensor
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Collect the anchors of all images.
+def _choose_anchors(
+    labels: Tensor,
+    mask: Tensor,
+    usable: Tensor,
+    max_anchors: int | None,
+    generator: torch.Generator | None,
+) -> _Anchors:
+    """The pixels that are compared with the bank.
 
-    Args:
-        features, labels, mask: as in the public functions.
-        usable: (C,) bool, False for classes whose anchors are left out.
-
-    Returns:
-        anchors (N, D), classes (N,) int64, weights (N,) float32 that turn a sum into the mean over classes of
-        the means over anchors, and the anchors' pixels as an index of three (N,) tensors.
+    labels, mask: as in the public functions. usable: (C,) bool, False for classes whose anchors are left out.
     """
-    class_ids = torch.arange(len(usable), device=labels.device)
     known = (labels >= 0) & (labels < len(usable))
-    chosen = mask & known & usable[labels.where(known, 0)]
-    pixels = chosen.nonzero(as_tuple=True)  # the one place where the host waits: N is data-dependent
-    classes = labels[pixels]
-    per_class = (classes.unsqueeze(1) == class_ids).sum(dim=0)  # (C,)
-    weights = 1.0 / (per_class[classes] * (per_class > 0).sum())
-    return features.movedim(1, -1)[pixels], classes, weights, pixels
+    classes = labels.where(known, 0).flatten()  # (B*h*w,)
+    chosen = (mask & known).flatten() & usable[classes]
+    if max_anchors is not None and max_anchors < len(chosen):
+        pixels = _draw_evenly(classes, chosen, max_anchors, generator)
+    elif _host_may_wait(labels.device):
+        pixels = chosen.nonzero().squeeze(1)
+    else:
+        pixels = torch.arange(len(chosen), device=labels.device)
+    classes, is_anchor = classes[pixels], chosen[pixels]
+    class_ids = torch.arange(len(usable), device=labels.device)
+    per_class = ((classes.unsqueeze(1) == class_ids) & is_anchor.unsqueeze(1)).sum(dim=0)  # (C,)
+    weights = is_anchor / (per_class[classes] * (per_class > 0).sum()).clamp(min=1)
+    return _Anchors(pixels, classes, weights)
 
 
-def _similarities(anchors: Tensor, classes: Tensor, entries: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare anchors with all entries.
+def _host_may_wait(device: torch.device) -> bool:
+    """Whether to ask how many anchors there are. On a GPU waiting for the answer costs more than it saves: pixels that
+    are no anchors then come along, with weight 0."""
+    return device.type == "cpu"
 
-    Args:
-        anchors: (N, D) float32 of length 1 / temperature.
-        classes: (N,) int64.
-        entries, absent: (C, K, D), (C, K) as `_entries` returns them.
 
-    Returns:
-        similarity / temperature (N, C, K), ABSENT for slots not filled; log of the summed exponentials of the
-        entries of other classes (N,), about ABSENT if there are none.
+def _draw_evenly(classes: Tensor, chosen: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """(count,) int64 of the N pixels, the same number of each class as far as there are; others where those run out.
+
+    classes: (N,) int64. chosen: (N,) bool, the pixels to draw from.
     """
-    similarity = (anchors @ entries.flatten(0, 1).T).view(-1, *absent.shape).masked_fill_(absent, ABSENT)
-    class_ids = torch.arange(len(entries), device=classes.device)
-    is_own = classes.unsqueeze(1) == class_ids  # (N, C)
-    return similarity, similarity.logsumexp(dim=2).masked_fill(is_own, ABSENT).logsumexp(dim=1)
+    key = torch.rand(len(classes), generator=generator, dtype=torch.float64).to(classes.device, non_blocking=True)
+    nowhere = 1 + classes.amax()
+    classes = classes.where(chosen, nowhere)
+    shuffled = (classes + key).argsort()  # class by class
+    of_class, place = classes[shuffled], torch.arange(len(classes), device=classes.device)
+    rank = place - torch.searchsorted(of_class, of_class)  # within its class
+    return shuffled[rank.where(of_class < nowhere, len(classes)).argsort(stable=True)[:count]]
 
 
-def _chunked_sum(
-    anchor_losses: Callable[..., Tensor],
-    anchors: Tensor,
-    weights: Tensor,
-    others: tuple[Tensor, ...],
-    *,
-    chunk_size: int,
+def _at(features: Tensor, pixels: Tensor) -> Tensor:
+    """(B, D, h, w) -> (N, D) at pixels (N,) of B*h*w."""
+    height, width = features.shape[2:]
+    image, place = pixels // (height * width), pixels % (height * width)
+    return features[image, :, place // width, place % width]
+
+
+def _similarities(anchor: Tensor, classes: Tensor, entries: _Entries, temperature: float) -> tuple[Tensor, Tensor]:
+    """Compare unit anchors (n, D) of classes (n,) with all entries.
+
+    Returns: similarity / temperature (n, C*K) float32, ABSENT for slots not filled; the columns (n, K) int64 of the
+    entries of each anchor's own class.
+    """
+    similarity = torch.addmm(entries.bias, anchor, entries.vectors.T, alpha=1 / temperature)
+    per_class = entries.filled.shape[1]
+    own = classes[:, None] * per_class + torch.arange(per_class, device=classes.device)
+    return similarity, own
+
+
+def _log_sum_exp(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, M) -> log of the summed exponentials (n,), and its gradient (n, M): softmax reads the rows only once."""
+    share = values.softmax(dim=1)
+    return values.amax(dim=1) - share.amax(dim=1).log(), share
+
+
+def _sum_over_anchors(
+    chunk: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    features: Tensor,
+    anchors: _Anchors,
+    chunk_size: int | None,
 ) -> Tensor:
-    """Sum of weights * anchor_losses(unit anchors, *others), in chunks recomputed in the backward pass."""
+    """() float32, the sum of the chunks' losses, with their gradient in the features (B, D, h, w).
 
-    def chunk_loss(anchors: Tensor, weights: Tensor, *others: Tensor) -> Tensor:
-        # A bfloat16 similarity divided by 0.01 would be off by up to 0.4 in the exponent.
-        with torch.autocast(anchors.device.type, enabled=False):
-            return (weights * anchor_losses(_unit_length(anchors), *others)).sum()
+    chunk: (unit anchors (n, D) float32, where in ``anchors`` they stand) -> loss and its gradient in them.
+    """
+    size = chunk_size or CHUNK_SIZE.get(features.device.type, CHUNK_SIZE["cuda"])
+    vectors = _at(features, anchors.pixels)
+    total = vectors.new_zeros((), dtype=torch.float32)
+    gradient = torch.empty_like(vectors, dtype=torch.float32)
+    # A bfloat16 similarity divided by 0.01 would be off by up to 0.4 in the exponent.
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        for start in range(0, len(vectors), size):
+            at = slice(start, start + size)
+            unit, inverse_length = _unit_length(vectors[at])
+            loss, slope = chunk(unit, at)
+            total += loss
+            # Only what is across an anchor turns it; its length does not matter.
+            gradient[at] = (slope - unit * (slope * unit).sum(dim=1, keepdim=True)) * inverse_length
+    result: Tensor = _WithGradient.apply(vectors, total, gradient)
+    return result
 
-    total = anchors[:0].float().sum()  # 0 with a graph, also when there are no anchors
-    for start in range(0, len(anchors), chunk_size):
-        chunk = [tensor[start : start + chunk_size] for tensor in (anchors, weights, *others)]
-        # Nothing here is random: saving the random state would only cost time.
-        total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
-    return total
+
+class _WithGradient(torch.autograd.Function):
+    """(N, D) vectors, a value, its gradient in them -> the value, differentiable once in the vectors."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = vectors.dtype
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(ctx.dtype), None, None
