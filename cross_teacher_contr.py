@@ -37,7 +37,7 @@ def train(args: Namespace, config: Config, here: "World") -> int:
     from utils.logger import print_result
     from utils.run import code_version, start_run
     from utils.trainer import Trainer, build_optimizer
-    from utils.visualize import save_picture
+    from utils.visualize import save_pictures
 
     files, protocol = DatasetFiles(config), config.utils.val_protocol
     if here.is_first:
@@ -59,12 +59,11 @@ def train(args: Namespace, config: Config, here: "World") -> int:
             about=about | {"step": step},
         )
 
-    def picture(path: Path, step: int) -> None:
+    def picture(path: Path, step: int) -> list[Path]:
         batch = preview_batch(files).to(run.device)
-        columns = method.preview(batch, step=step)  # in every process: BatchNorm may be shared among them
-        if here.is_first:
-            shown = {"input": columns.pop("input"), "truth": batch.labels, **columns}
-            save_picture(path, shown, title=f"{args.name}, step {step}: val, as if unlabeled", config=config)
+        previews = [method.preview(batch, own=own, step=step) for own in (0, 1)]  # in every process, see SyncBatchNorm
+        title = f"{args.name}, step {step}: val, as if unlabeled"
+        return save_pictures(path, previews, truth=batch.labels, title=title, config=config) if here.is_first else []
 
     trainer = Trainer(
         method,

@@ -22,7 +22,7 @@ from data.datasets import DatasetFiles
 from data.decode import read_image
 from data.transforms import random_crop, resize
 from utils.batch import Batch
-from utils.config import DataConfig, parse_size
+from utils.config import Config, DataConfig, parse_size
 from utils.distributed import ALONE, World, part_size
 from utils.errors import UserError, loader_errors
 from utils.randomness import keyed_seed
@@ -138,12 +138,24 @@ class TrainingCrops(Dataset[Batch | UserError]):
     def _crop(self, position: int, identifier: str) -> Batch:
         config, files = self.files.config, self.files
         image = self._kept(self.images, files.image_path(identifier), read_image)
-        if self.stream == "labeled":
-            label = self._kept(self.labels, files.label_path(identifier), lambda _: files.read_classes(identifier))
-        else:
-            label = np.full(image.shape[:2], config.ignore_label, dtype=np.uint8)
         rng = np.random.default_rng(keyed_seed(config.seed, self.stream, "crop", position))
-        return _crop_batch(image, label, config.training.data, rng=rng, identifier=identifier, files=self.files)
+        if self.stream == "labeled":
+            label = self._label(identifier)
+            return _crop_batch(image, label, config.training.data, rng=rng, identifier=identifier, files=files)
+        nothing = np.full(image.shape[:2], config.ignore_label, dtype=np.uint8)
+        if not config.training.data.hidden_labels:
+            return _crop_batch(image, nothing, config.training.data, rng=rng, identifier=identifier, files=files)
+        try:
+            label = self._label(identifier) if files.label_path(identifier).is_file() else nothing
+        except UserError:  # nobody promised that it is a label map
+            label = nothing
+        label = label if label.shape == nothing.shape else nothing
+        crop = _crop_batch(image, label, config.training.data, rng=rng, identifier=identifier, files=files)
+        return crop._replace(labels=torch.full_like(crop.labels, config.ignore_label), hidden=crop.labels)
+
+    def _label(self, identifier: str) -> np.ndarray:
+        path = self.files.label_path(identifier)
+        return self._kept(self.labels, path, lambda _: self.files.read_classes(identifier))
 
 
 class EvaluationImages(Dataset[EvaluationImage | UserError]):
@@ -198,15 +210,22 @@ def training_loader(files: DatasetFiles, stream: str, *, start_step: int, here: 
     A step's part of a process is ``training.accumulation`` batches; in a run of one process without accumulation, one.
     """
     training = files.config.training
-    size, workers = part_size(files.config, here), training.num_workers
     return Loader(
         TrainingCrops(files, stream),
         Positions(range(start_step, training.num_iterations), training.batch_size, here),
         _join_crops,
         timeout=training.data.timeout,
-        batch_size=size,
-        num_workers=workers,
+        batch_size=part_size(files.config, here),
+        num_workers=loading_processes(files.config, here),
     )
+
+
+def loading_processes(config: Config, here: World) -> int:
+    """``training.num_workers``; "auto": for each of the two streams half of this process's cores but one, 1 to 8."""
+    if config.training.num_workers != "auto":
+        return config.training.num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, (cores // here.local_size - 1) // 2))
 
 
 def evaluation_loader(
@@ -221,7 +240,7 @@ def evaluation_loader(
         list,
         timeout=training.data.timeout,
         batch_size=batch_size,
-        num_workers=training.num_workers,
+        num_workers=loading_processes(files.config, here),
     )
 
 
@@ -259,13 +278,14 @@ def _crop_batch(
 ) -> Batch:
     """One crop as a Batch without its first dimension."""
     image, label, valid = random_crop(image, label, data=data, ignore_label=files.config.ignore_label, rng=rng)
-    return Batch(_to_tensor(image), torch.from_numpy(np.array(label)).long(), torch.from_numpy(valid), [identifier])
+    return Batch(_to_tensor(image), torch.from_numpy(np.array(label)), torch.from_numpy(valid), [identifier])
 
 
 def _join_crops(crops: list[Batch]) -> Batch:
-    images, labels, valid, ids, bad = zip(*crops, strict=True)
+    images, labels, valid, ids, bad, hidden = zip(*crops, strict=True)
     names, messages = [name for one in ids for name in one], tuple(message for one in bad for message in one)
-    return Batch(torch.stack(images), torch.stack(labels), torch.stack(valid), names, messages)
+    known = torch.stack(hidden) if hidden[0] is not None else None
+    return Batch(torch.stack(images), torch.stack(labels), torch.stack(valid), names, messages, known)
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:

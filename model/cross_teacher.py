@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.memory_bank import Candidates, MemoryBank
 from model.network import NetworkOutput, SegmentationNetwork
+from model.observe import StepRecord, describe, describe_banks
 from model.teacher import EmaTeacher, predict_frozen, predict_probabilities, upsample
 from utils.augment import draw_flips, horizontal_flip, strong_augment
 from utils.batch import Batch
@@ -58,6 +59,8 @@ class CrossTeacher(nn.Module):
     teachers: Sequence[EmaTeacher]
     banks: Sequence[MemoryBank]
     banks_were_ready: Tensor
+    record: StepRecord | None
+    observed: dict[str, Tensor]
 
     def __init__(self, networks: Sequence[SegmentationNetwork], config: Config, *, labeled_samples: int) -> None:
         super().__init__()
@@ -76,6 +79,8 @@ class CrossTeacher(nn.Module):
         }
         # Never turns back, also when a class is first seen later; a buffer, so that a resumed run knows it too.
         self.register_buffer("banks_were_ready", torch.tensor(False))
+        self.recording, self.record, self.observed = False, None, {}  # see ``observe``
+        self.contrast_started = False  # the same once it is True, known without waiting for the device
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -107,9 +112,12 @@ class CrossTeacher(nn.Module):
             if "cross_teacher" in terms:
                 losses["cross_teacher", own] = self.consistency(mixed[own], views[own], step=step)
             if "high_level" in terms:
-                losses["high_level", own] = self.high_level(own, labeled, seen[own], views[own], mixed[own])
+                draws = self.draws("high_level", own, step=step, part=part)
+                losses["high_level", own] = self.high_level(own, labeled, seen[own], views[own], mixed[own], draws)
             if "low_level" in terms:
-                losses["low_level", own] = self.low_level(views[own], views[peer], mixed[own], mixed[peer])
+                draws = self.draws("low_level", own, step=step, part=part)
+                losses["low_level", own] = self.low_level(views[own], views[peer], mixed[own], mixed[peer], draws)
+        self.record = StepRecord(labeled, unlabeled, targets, views, seen, mixed) if self.recording else None
         return losses
 
     def total_loss(self, losses: Losses, *, step: int) -> Tensor:
@@ -119,20 +127,21 @@ class CrossTeacher(nn.Module):
         return torch.stack([self.loss_weights[term] * loss for (term, _), loss in losses.items()]).sum()
 
     @torch.no_grad()
-    def after_step(self, *labeled: Batch, step: int) -> None:
+    def after_step(self, *labeled: Batch, step: int, frozen: Tensor | None = None) -> None:
         """Teachers follow their students; each teacher fills its bank from the labeled images, those of all processes.
 
-        labeled: the step's labeled batches here, several where batches are accumulated.
+        labeled: the step's labeled batches here, several where batches are accumulated. frozen: () bool on the device,
+        True where nothing may change, because a loss was not finite.
         """
         max_new = max(2 * self.contrastive.memory_size // self.labeled_samples, self.config.training.batch_size)
         average_([buffer for student in self.students for buffer in student.buffers()])
         for student, teacher, bank in zip(self.students, self.teachers, self.banks, strict=True):
-            teacher.update(student, step)
+            teacher.update(student, step, frozen=frozen)
             if self.uses_banks:
                 here = [self.offer(teacher, bank, batch, max_new) for batch in labeled]
                 everywhere = gather([tensor for offer in here for tensor in offer])
                 offers = [Candidates(*one[i : i + 3]) for one in everywhere for i in range(0, len(one), 3)]
-                bank.take(offers, max_new)
+                bank.take(offers, max_new, step=step, frozen=frozen)
 
     def offer(self, teacher: EmaTeacher, bank: MemoryBank, labeled: Batch, max_new: int) -> Candidates:
         """The features of a labeled batch that a teacher is sure of, and right about."""
@@ -160,9 +169,12 @@ class CrossTeacher(nn.Module):
         """At ``contrast_start``; else when both banks are full for every class seen, after one pass over the images."""
         if self.contrastive.contrast_start is not None:
             return step >= self.contrastive.contrast_start
+        if self.contrast_started:
+            return True
         if not self.banks_were_ready and step * self.config.training.batch_size >= self.labeled_samples:
             self.banks_were_ready.fill_(all(bool(bank.is_ready()) for bank in self.banks))
-        return bool(self.banks_were_ready)
+        self.contrast_started = bool(self.banks_were_ready)
+        return self.contrast_started
 
     def predict_target(self, own: int, peer: int, images: Tensor) -> Tensor:
         """(B,C,H,W) probabilities that student ``own`` learns from: the cross in cross teacher, or an ablation."""
@@ -176,8 +188,7 @@ class CrossTeacher(nn.Module):
         """Mix, flip, jitter and blur the unlabeled batch for student ``own``; targets: (B,C,H,W) of both students."""
         options = self.unlabeled
         drawn_for = 0 if options.strong_view == "shared" else own  # the same key draws the same view
-        key = (self.config.seed, "strong view", drawn_for, step, *((part,) if part else ()))
-        generator = torch.Generator().manual_seed(keyed_seed(*key))
+        generator = self.draws("strong view", drawn_for, step=step, part=part)
         valid = unlabeled.valid if options.mask_padding else torch.ones_like(unlabeled.valid)
         predicted = targets[drawn_for].argmax(dim=1).where(valid, self.config.ignore_label)
         mask = draw_mix_masks(options.mix_mask, predicted, generator, ignore_label=self.config.ignore_label)
@@ -204,33 +215,48 @@ class CrossTeacher(nn.Module):
         return weighted_cross_entropy(logits, view.pseudo_label, weight, self.config.ignore_label)
 
     def high_level(
-        self, own: int, labeled: Batch, seen: NetworkOutput, view: StrongView, mixed: NetworkOutput
+        self,
+        own: int,
+        labeled: Batch,
+        seen: NetworkOutput,
+        view: StrongView,
+        mixed: NetworkOutput,
+        draws: torch.Generator | None = None,
     ) -> Tensor:
         """L_hc: a student's reliable features, labeled and unlabeled, against its own memory bank."""
         options, bank = self.contrastive, self.banks[own]
-        reliable = view.valid & (view.confidence >= options.confidence)
-        labels = torch.cat((shrink(labeled.labels, seen.features), shrink(view.pseudo_label, mixed.features)))
-        known = torch.cat((labeled.labels != self.config.ignore_label, reliable))
+        labels, mask = self.reliable_pixels(labeled, seen, view, mixed)
         return high_level_contrast(
             torch.cat((seen.features, mixed.features)),
             labels,
-            shrink(known, seen.features),
+            mask,
             bank.entries,
             temperature=options.high_temperature,
             counts=bank.counts,
+            max_anchors=options.max_anchors,
+            generator=draws,
         )
 
+    def reliable_pixels(
+        self, labeled: Batch, seen: NetworkOutput, view: StrongView, mixed: NetworkOutput
+    ) -> tuple[Tensor, Tensor]:
+        """(2B,h,w) int64 classes and bool anchors of L_hc: labeled pixels, then surely pseudo-labeled ones."""
+        reliable = view.valid & (view.confidence >= self.contrastive.confidence)
+        labels = torch.cat((shrink(labeled.labels, seen.features), shrink(view.pseudo_label, mixed.features)))
+        known = torch.cat((labeled.labels != self.config.ignore_label, reliable))
+        return labels, shrink(known, seen.features)
+
     def low_level(
-        self, view: StrongView, peer_view: StrongView, mixed: NetworkOutput, peer_mixed: NetworkOutput
+        self,
+        view: StrongView,
+        peer_view: StrongView,
+        mixed: NetworkOutput,
+        peer_mixed: NetworkOutput,
+        draws: torch.Generator | None = None,
     ) -> Tensor:
         """L_lc: a student's unreliable features follow the surer peer student's features of the same pixel."""
         options = self.contrastive
-        confidence, _ = mixed.logits.detach().float().softmax(dim=1).max(dim=1)  # (B,h,w)
-        peer_confidence, peer_class = peer_mixed.logits.detach().float().softmax(dim=1).max(dim=1)
-        unreliable = view.valid & (view.confidence < options.confidence) & (view.source == peer_view.source)
-        mask = shrink(unreliable, mixed.features)
-        if options.direction == "confidence":
-            mask = mask & (peer_confidence > confidence) & (peer_confidence >= options.confidence)
+        peer_class, mask = self.unreliable_pixels(view, peer_view, mixed, peer_mixed)
         return low_level_contrast(
             mixed.features,
             peer_mixed.features.detach(),
@@ -239,7 +265,27 @@ class CrossTeacher(nn.Module):
             [bank.entries for bank in self.banks],
             temperature=options.low_temperature,
             counts=[bank.counts for bank in self.banks],
+            max_anchors=options.max_anchors,
+            generator=draws,
         )
+
+    def unreliable_pixels(
+        self, view: StrongView, peer_view: StrongView, mixed: NetworkOutput, peer_mixed: NetworkOutput
+    ) -> tuple[Tensor, Tensor]:
+        """(B,h,w) int64 classes by the peer student and bool anchors of L_lc: the same pixel, of which it is surer."""
+        options = self.contrastive
+        confidence, _ = mixed.logits.detach().float().softmax(dim=1).max(dim=1)  # (B,h,w)
+        peer_confidence, peer_class = peer_mixed.logits.detach().float().softmax(dim=1).max(dim=1)
+        unreliable = view.valid & (view.confidence < options.confidence) & (view.source == peer_view.source)
+        mask = shrink(unreliable, mixed.features)
+        if options.direction == "confidence":
+            mask = mask & (peer_confidence > confidence) & (peer_confidence >= options.confidence)
+        return peer_class, mask
+
+    def draws(self, what: str, own: int, *, step: int, part: int) -> torch.Generator:
+        """Where the random numbers of one purpose in one step come from: the same after a resume, on any device."""
+        key = (self.config.seed, what, own, step, *((part,) if part else ()))
+        return torch.Generator().manual_seed(keyed_seed(*key))
 
     # ------------------------------------------------------------------------------------------------ its surroundings
 
@@ -248,27 +294,38 @@ class CrossTeacher(nn.Module):
         students = {f"student_{own}": student for own, student in enumerate(self.students)}
         return students | {f"teacher_{own}": teacher.network for own, teacher in enumerate(self.teachers)}
 
-    def log_values(self) -> dict[str, float]:
-        """How full the banks are: the share of the classes seen that is filled, for each peer."""
-        if not self.uses_banks:
+    def observe(self, losses: Losses) -> None:
+        """Describe the last step, which was taken while ``recording``, before its backward pass."""
+        self.observed, self.record = describe(self, self.record, losses), None
+
+    def log_values(self, step: int) -> dict[str, float]:
+        """What was observed, and the banks now; tags as in TensorBoard. Values that do not exist are left out."""
+        values = self.observed | (describe_banks(self, step) if self.uses_banks else {})
+        self.observed = {}
+        if not values:
             return {}
-        return {f"bank_fill/{own}": bank.fill().item() for own, bank in enumerate(self.banks)}
+        numbers = torch.stack([value.detach().double().to(self.banks_were_ready.device) for value in values.values()])
+        return {tag: value for tag, value in zip(values, numbers.tolist(), strict=True) if value == value}
 
     @torch.no_grad()
-    def preview(self, batch: Batch, *, step: int) -> dict[str, Tensor]:
-        """What student 0 would learn from a batch now: its target, its strong view, and what it predicts there.
+    def preview(self, batch: Batch, *, own: int, step: int) -> dict[str, Tensor]:
+        """What student ``own`` would learn from a batch now, and what it predicts there. Changes nothing.
 
-        Returns title -> (B,3,H,W) float RGB or (B,H,W) int64 class ids. Changes nothing.
+        Returns title -> (B,3,H,W) float RGB, (B,H,W) int64 class ids, bool masks or float32 in [0,1].
         """
-        targets = [self.predict_target(own, peer, batch.images) for own, peer in PEERS]
-        view = self.strong_view(0, batch, targets, step=step)
-        prediction = predict_probabilities(self.students[0], view.images, norm="running").argmax(dim=1)
+        targets = [self.predict_target(one, other, batch.images) for one, other in PEERS]
+        view = self.strong_view(own, batch, targets, step=step)
+        prediction = predict_probabilities(self.students[own], view.images, norm="running").argmax(dim=1)
+        pixels = view.valid[0].numel()
+        kept = view.source // pixels == torch.arange(len(view.source), device=view.source.device).view(-1, 1, 1)
         return {
-            "input": batch.images,
-            "pseudo-label": targets[0].argmax(dim=1),
-            "mixed image": view.images,
-            "mixed pseudo-label": view.pseudo_label,
-            "prediction of student 0": prediction,
+            "weak view": batch.images,
+            "pseudo-label": targets[own].argmax(dim=1).where(batch.valid, self.config.ignore_label),
+            "mix mask": kept,
+            "strong view": view.images,
+            "what to learn": view.pseudo_label.where(view.valid, self.config.ignore_label),
+            "confidence": view.confidence,
+            "prediction": prediction.where(view.valid, self.config.ignore_label),
         }
 
 

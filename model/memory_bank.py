@@ -1,7 +1,7 @@
 """The memory banks (paper: section 3.3; METHOD 7)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ class MemoryBank(nn.Module):
         entries: (C,K,D) float32, oldest first; slots not yet filled are 0.
         counts: (C,) int64, filled entries of each class.
         seen: (C,) bool, True once the class occurred in a ground truth.
+        born: (C,K) int64, the step of which each entry is; for logs.
     """
 
     entries: Tensor
+    born: Tensor
     counts: Tensor
     seen: Tensor
 
@@ -37,6 +39,11 @@ class MemoryBank(nn.Module):
         self.register_buffer("entries", torch.zeros(num_classes, size, dim))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_buffer("born", torch.zeros(num_classes, size, dtype=torch.int64))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(f"{prefix}born", torch.zeros_like(self.born))  # a checkpoint from before it was noted
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def add(
@@ -65,14 +72,20 @@ class MemoryBank(nn.Module):
         return Candidates(score, new, of_class.any(dim=1))
 
     @torch.no_grad()
-    def take(self, offers: Sequence[Candidates], max_new: int) -> None:
-        """Add each class's ``max_new`` surest candidates of all offers, as if they had come in one batch."""
+    def take(self, offers: Sequence[Candidates], max_new: int, *, step: int = 0, frozen: Tensor | None = None) -> None:
+        """Add each class's ``max_new`` surest candidates of all offers, as if they had come in one batch.
+
+        step: of which they are. frozen: () bool on the device, where True the bank stays as it is.
+        """
         size, dim = self.entries.shape[1:]
         score = torch.cat([offer.scores for offer in offers], dim=1)
         score, order = (part[:, :max_new] for part in score.sort(dim=1, descending=True, stable=True))
         new = torch.cat([offer.features for offer in offers], dim=1)
         new = new.gather(1, order[..., None].expand(-1, -1, dim))  # (C,m,D)
-        self.seen |= torch.stack([offer.seen for offer in offers]).any(dim=0)
+        seen = torch.stack([offer.seen for offer in offers]).any(dim=0)
+        if frozen is not None:
+            score, seen = score.where(~frozen, -1.0), seen & ~frozen
+        self.seen |= seen
         arrived = (score >= 0).sum(dim=1)
 
         # Slot j of a class holds the j-th of (old entries, new entries) once the oldest `leaving` are gone.
@@ -85,11 +98,18 @@ class MemoryBank(nn.Module):
         both = torch.cat((self.entries, new), dim=1)
         kept = both.gather(1, index.where(filled, 0)[..., None].expand(-1, -1, dim))
         self.entries.copy_(kept * filled[..., None])
+        both = torch.cat((self.born, torch.full_like(score, step, dtype=torch.int64)), dim=1)
+        self.born.copy_(both.gather(1, index.where(filled, 0)) * filled)
         self.counts.copy_(total.clamp(max=size))
 
     def is_ready(self) -> Tensor:
         """() bool: every class seen so far is full, and there is one."""
         return self.seen.any() & ((self.counts == self.entries.shape[1]) | ~self.seen).all()
+
+    def age(self, step: int) -> Tensor:
+        """(C,) float32: how many steps ago a class's entries came, on average; NaN where there are none."""
+        filled = torch.arange(self.born.shape[1], device=self.born.device) < self.counts[:, None]
+        return ((step - self.born) * filled).sum(dim=1) / self.counts
 
     def fill(self) -> Tensor:
         """() float32: filled share of the slots of the classes seen; 0 before there is one."""

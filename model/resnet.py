@@ -4,11 +4,15 @@ torchvision's blocks are not reused: its `BasicBlock` refuses dilation, the firs
 keeps the previous stage's dilation, and its stride sits on the 3x3 convolution only. Names follow it.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 STRIDE_PLACES = ("conv1", "conv2")
 
@@ -102,6 +106,8 @@ class ResNet(nn.Module):
         ceil_mode: whether max pooling rounds its output size up (Caffe).
         width: channels of the first stage; the others have 2, 4 and 8 times as many. Public weights need 64.
 
+    Set `recompute` to keep only the blocks' inputs for the backward pass and compute what is in them again there.
+
     Raises:
         ValueError: unknown name, output stride or stride place.
     """
@@ -125,7 +131,7 @@ class ResNet(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride is {output_stride}; it must be 8, 16 or 32")
         block, depths = BACKBONES[name]
-        self.name, self.deep_stem = name, deep_stem
+        self.name, self.deep_stem, self.recompute = name, deep_stem, False
         self.low_level_channels, self.out_channels = width * block.expansion, 8 * width * block.expansion
 
         in_channels = 2 * width if deep_stem else width
@@ -171,8 +177,35 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
-        low_level = self.layer1(x)
-        return low_level, self.layer4(self.layer3(self.layer2(low_level)))
+        low_level = self._through(self.layer1, x)
+        return low_level, self._through(self.layer4, self._through(self.layer3, self._through(self.layer2, low_level)))
+
+    def _through(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return stage(x)
+        for block in stage:
+            contexts = functools.partial(_first_and_again, block)
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return x
+
+
+def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """BatchNorm's running statistics must see a batch once, not again when the block is recomputed."""
+    return nullcontext(), _untouched_statistics(block)
+
+
+@contextmanager
+def _untouched_statistics(block: nn.Module) -> Iterator[None]:
+    """BatchNorm normalizes with the batch's statistics, and its running ones stay as they are."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _deep_stem(width: int) -> nn.Sequential:

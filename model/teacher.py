@@ -46,10 +46,19 @@ class EmaTeacher(nn.Module):
         self.decay, self.norm = decay, norm
 
     @torch.no_grad()
-    def update(self, student: nn.Module, step: int) -> None:
-        """teacher = alpha * teacher + (1 - alpha) * student, alpha = min(1 - 1/(step + 1), decay)."""
+    def update(self, student: nn.Module, step: int, *, frozen: Tensor | None = None) -> None:
+        """teacher = alpha * teacher + (1 - alpha) * student, alpha = min(1 - 1/(step + 1), decay).
+
+        frozen: () bool on the device, where True the teacher stays as it is; the student must be finite all the same.
+        """
         mine, theirs = list(self._averaged(self.network)), list(self._averaged(student))
-        torch._foreach_lerp_(mine, theirs, 1 - ema_alpha(step, self.decay))
+        share = 1 - ema_alpha(step, self.decay)
+        if frozen is None:
+            torch._foreach_lerp_(mine, theirs, share)
+        else:  # the same, without asking for the answer
+            change = torch._foreach_sub(theirs, mine)
+            torch._foreach_mul_(change, share * ~frozen)
+            torch._foreach_add_(mine, change)
         for own, other in zip(self.network.buffers(), student.buffers(), strict=True):
             if not own.is_floating_point():  # counters and flags
                 own.copy_(other)

@@ -28,6 +28,7 @@ from data.loaders import EvaluationImages, TrainingCrops
 from tests.conftest import tiny_values
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import CheckpointError
+from utils.logger import COSTS
 from utils.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -314,7 +315,7 @@ def learned(checkpoint: Path) -> dict[str, Any]:
 def log_lines(folder: Path) -> list[dict[str, Any]]:
     """log.jsonl without the speed."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in COSTS} for line in lines]
 
 
 def results_differ(folder: Path, reference: Path) -> list[str]:

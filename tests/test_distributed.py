@@ -24,6 +24,7 @@ from utils.checkpoint import load_checkpoint
 from utils.config import check_config
 from utils.distributed import ALONE, World, _without_gpus, part_size
 from utils.errors import UserError
+from utils.logger import COSTS
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +93,7 @@ def final(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Weights, teachers and banks at the end, and the lines of the log."""
     (one,) = folder.glob("runs/*/checkpoint.pth")
     lines = [json.loads(line) for line in (one.parent / "log.jsonl").read_text().splitlines()]
-    return load_checkpoint(one)["method"], [
-        {k: v for k, v in line.items() if k != "images_per_second"} for line in lines
-    ]
+    return load_checkpoint(one)["method"], [{k: v for k, v in line.items() if k not in COSTS} for line in lines]
 
 
 FROZEN = """

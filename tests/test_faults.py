@@ -180,9 +180,11 @@ def test_a_learning_rate_that_explodes_ends_in_status_4_with_the_term_step_and_i
     assert load_checkpoint(faults.run_folder(tmp_path) / "before_failure.pth")["step"] == 1
 
 
-def test_the_state_before_a_failure_is_exactly_that_of_a_run_stopped_there(config):
+@pytest.mark.parametrize("late", [False, True])  # as on a GPU, where the host asks for verdicts now and then only
+def test_the_state_before_a_failure_is_exactly_that_of_a_run_stopped_there(config, late: bool):
     def explode_in_step_4(name: str) -> Trainer:
-        trainer = build(config(), name=name)
+        trainer = build(config(utils__log_per_iter=100 if late else 1), name=name)
+        trainer.reads_every_step = not late
         set_rate = trainer._set_learning_rate
 
         def set_or_explode(step: int) -> None:
@@ -197,6 +199,7 @@ def test_the_state_before_a_failure_is_exactly_that_of_a_run_stopped_there(confi
     stop_after(stopped, 5)
     with pytest.raises(NonFiniteError, match="at step 5; weights not updated"):
         failed.fit()
+    assert failed.step == 5
     folder = failed.run.folder
     before, expected = learned(folder / "before_failure.pth"), learned(stopped.run.folder / "checkpoint.pth")
     for state in (before, expected):

@@ -112,7 +112,9 @@ def test_train_resume_and_evaluate_by_command(tmp_path: Path, demo: Path, networ
     assert f"run folder          {folder}" in done.stdout
     assert "tensorboard --logdir" in done.stdout
     assert (done.stderr.count("this script trains") == 1) == (network == "DeepLabv3+")
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"step_000002.png", "step_000004.png"}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        f"step_00000{step}_student_{own}.png" for step in (2, 4) for own in (0, 1)
+    }
 
     again = run(SCRIPTS[network], *short, "--resume", "auto")
     assert again.returncode == 0, again.stderr

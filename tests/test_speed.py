@@ -1,5 +1,6 @@
 """Faster arithmetic trains the same method: near the same losses, in the same types outside the networks."""
 
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from model import CrossTeacher
 from tests.test_cross_teacher import build, full_banks
 from utils.config import Config
 from utils.speed import arrange, autocast
+from utils.trainer import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -24,7 +26,7 @@ def losses(
     """All losses of a first step with the gradients taken, and the method after it."""
 
     def compute(network: str = "DeepLab", **training: Any) -> tuple[dict[Any, torch.Tensor], CrossTeacher]:
-        changes = {f"training__{key}": value for key, value in training.items()}
+        changes = {key if key == "backbone" else f"training__{key}": value for key, value in training.items()}
         config = tiny_config(model=network, training__contrastive__contrast_start=0,
                              training__contrastive__direction="none", **changes)  # fmt: skip
         method = full_banks(build(config))
@@ -69,6 +71,66 @@ def test_weights_in_channels_last_order_have_the_same_values_and_names(losses: A
     weight = fast.students[0].backbone.layer1[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(weight, plain.students[0].backbone.layer1[0].conv1.weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("network", ["DeepLab", "DeepLabv3+"])
+def test_recomputed_activations_give_the_same_bits_and_batchnorm_sees_a_batch_once(losses: Any, network: str):
+    plain, kept = losses(network)
+    again, recomputed = losses(network, checkpoint_activations=True)
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+    for one, other in zip(kept.students.parameters(), recomputed.students.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    expected = kept.state_dict()
+    assert [key for key, value in recomputed.state_dict().items() if not torch.equal(value, expected[key])] == []
+    assert recomputed.students[0].backbone.bn1.num_batches_tracked == 2, "labeled and unlabeled"
+
+
+def test_recomputed_activations_are_not_kept_for_the_backward_pass(losses: Any):
+    kept = []
+    for training in ({}, {"checkpoint_activations": True}):
+        saved = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            losses(backbone="resnet34", **training)
+        kept.append(saved)
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_the_learning_rate_grows_with_the_batch_where_it_says_for_which_batch_it_is(tiny_config: Any):
+    networks = build(tiny_config()).students
+    for batch, reference, expected in ((4, None, 0.01), (4, 2, 0.02), (3, 12, 0.0025)):
+        config = tiny_config(training__batch_size=batch, training__learning_rate_batch_size=reference,
+                             training__head_lr_multiplier=10)  # fmt: skip
+        rates = {group["name"]: group["base_lr"] for group in build_optimizer(networks, config).param_groups}
+        assert rates["backbone_0"] == pytest.approx(expected)
+        assert rates["head_1"] == pytest.approx(10 * expected)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_process_that_keeps_freed_memory_does_not_fetch_it_again():
+    code = """
+import resource, sys, torch
+from utils.speed import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(20):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    fetched = {}
+    for what in ("keep", "give back"):
+        done = subprocess.run([sys.executable, "-c", code, what], capture_output=True, text=True, check=True,
+                              cwd=Path(__file__).parent.parent, timeout=120)  # fmt: skip
+        fetched[what] = int(done.stdout)
+    assert fetched["keep"] < fetched["give back"] / 10, fetched
 
 
 @pytest.mark.slow

@@ -20,9 +20,10 @@ from utils.config import Config, check_config
 from utils.errors import CheckpointError, NonFiniteError, UserError
 from utils.evaluate import evaluate
 from utils.inference import Inference
+from utils.logger import COSTS
 from utils.run import STOP_SIGNALS, Run, newest_checkpoint, start_run
 from utils.trainer import Trainer, build_optimizer
-from utils.visualize import save_picture
+from utils.visualize import save_pictures
 
 CPU = torch.device("cpu")
 
@@ -62,9 +63,10 @@ def build(config: Config, *, name: str = "test", resume: str | None = None) -> T
     run = start_run(config, name=name, resume=resume, device="cpu")
     method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled")))
 
-    def picture(path: Path, step: int) -> None:
-        columns = method.preview(preview_batch(files).to(CPU), step=step)
-        save_picture(path, columns, title="test", config=config)
+    def picture(path: Path, step: int) -> list[Path]:
+        batch = preview_batch(files).to(CPU)
+        previews = [method.preview(batch, own=own, step=step) for own in (0, 1)]
+        return save_pictures(path, previews, truth=batch.labels, title="test", config=config)
 
     return Trainer(
         method,
@@ -141,10 +143,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, network: s
     assert evaluation.as_dict() == again.as_dict()
     assert whole.best == second.best
     logs = [
-        [
-            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
-            for line in path.read_text().splitlines()
-        ]
+        [{k: v for k, v in json.loads(line).items() if k not in COSTS} for line in path.read_text().splitlines()]
         for path in (whole.run.folder / "log.jsonl", second.run.folder / "log.jsonl")
     ]
     assert logs[0] == logs[1]
@@ -161,7 +160,8 @@ def test_a_finished_run_holds_everything_it_promises(config):
         "best_model.pth",
         "result.json",
         "result.txt",
-        "picture.png",
+        "picture_student_0.png",
+        "picture_student_1.png",
     } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     result = json.loads((trainer.run.folder / "result.json").read_text())

@@ -203,6 +203,11 @@ class DataConfig(Section):
         "none", description="disk: keep decoded, resized training images in cache_dir; quicker, needs the room"
     )
     cache_dir: str = Field("cache", description="folder of that cache; may be shared by runs and machines")
+    hidden_labels: bool = Field(
+        True,
+        description="where unlabeled images have label maps: log how right their pseudo-labels are; nothing is learned "
+        "from them",
+    )
     bad_sample: Literal["stop", "skip"] = Field(
         "stop", description="a damaged training file: stop with its name, or take another image in its place and say so"
     )
@@ -274,6 +279,10 @@ class ContrastiveConfig(Section):
     contrast_start: NotNegative | None = Field(
         None, description="iteration at which both terms start; null: when every class seen is full in both banks"
     )
+    max_anchors: Positive | None = Field(
+        None,
+        description="pixels a term, student and step compares with the banks, drawn evenly over classes; null: all",
+    )
     memory_size: Positive = Field(256, description="entries a class in each memory bank")
     memory_confidence: Probability = Field(
         0.95, description="least teacher probability of a feature that enters a bank"
@@ -286,11 +295,17 @@ class TrainingConfig(Section):
     batch_size: Positive = Field(5, description="labeled images a step over all processes, and as many unlabeled ones")
     accumulation: Positive = Field(1, description="parts of its batch that a process computes one after another")
     process_timeout: Positive = Field(600, description="seconds until a process that does not answer ends the run")
-    num_workers: NotNegative = Field(3, description="processes that load images, for each of the two streams; 0: none")
+    num_workers: NotNegative | Literal["auto"] = Field(
+        "auto",
+        description="processes that load images, for each of the two streams; auto: what the cores allow; 0: none",
+    )
     optimizer: Literal["SGD"] = Field("SGD", description="the release knows this one")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
     num_iterations: Positive = Field(40000, description="number of steps T")
     learning_rate: Rate = Field(2.5e-4, description="base rate, of the backbone")
+    learning_rate_batch_size: Positive | None = Field(
+        None, description="batch size that learning_rate is meant for: it grows in proportion with batch_size; null: no"
+    )
     backbone_lr_multiplier: Rate = Field(
         1.0, description="3 gives the release's rate, which lists these parameters three times"
     )
@@ -304,10 +319,15 @@ class TrainingConfig(Section):
     use_sync_batchnorm: bool = Field(
         False, description="BatchNorm statistics over all processes, on GPUs; else of each process's part of the batch"
     )
-    precision: Literal["fp32", "tf32", "bf16"] = Field(
-        "fp32", description="of the networks in training: bf16 computes most of it in bfloat16, tf32 is for GPUs"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of the networks in training: bf16 computes most of it in bfloat16, fp16 in float16 with a scaled "
+        "loss, for GPUs without bfloat16; tf32 is for GPUs",
     )
     channels_last: bool = Field(False, description="keep the channels of a pixel together in memory; for bf16")
+    checkpoint_activations: bool = Field(
+        False, description="compute the backbones' activations again in the backward pass: far less memory, slower"
+    )
     compile: bool = Field(False, description="compile the networks with torch.compile; starts slowly")
     deterministic: bool = Field(
         False, description="on a GPU: the same bits every time where torch can, slower; a CPU always does"
@@ -322,6 +342,8 @@ class TrainingConfig(Section):
         start = self.contrastive.contrast_start
         if start is not None and self.unlabeled.train_unlabeled and start < self.unlabeled.start_iteration:
             raise ValueError("contrastive.contrast_start must not be before unlabeled.start_iteration")
+        if self.compile and self.checkpoint_activations:
+            raise ValueError("compile and checkpoint_activations do not go together; choose one")
         return self
 
 
@@ -476,7 +498,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 FREE_KEYS = (
     *("utils.checkpoint_dir", "utils.save_", "utils.keep_", "utils.val_per_iter", "utils.tensorboard"),
     *("utils.log_per_iter", "training.num_workers", "training.accumulation", "training.process_timeout"),
-    *("training.data.timeout", "training.data.bad_sample_limit", "training.data.cache"),
+    *("training.data.hidden_labels", "training.data.timeout", "training.data.bad_sample_limit", "training.data.cache"),
     *("data_root", "dataset.root", "dataset.test", "dataset.palette"),
 )
 

@@ -26,11 +26,12 @@ T = TypeVar("T")
 
 
 class World(NamedTuple):
-    """Which of how many processes this is; local_rank counts those of this machine."""
+    """Which of how many processes this is; local_rank and local_size count those of this machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -46,7 +47,7 @@ def world() -> World:
     return World(*(int(os.environ.get(key, str(alone))) for key, alone in zip(_KEYS, ALONE, strict=True)))
 
 
-_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @contextmanager
@@ -171,13 +172,13 @@ def one_after_another(here: World) -> Iterator[None]:
         dist.barrier()
 
 
-def largest(*values: float) -> list[float]:
-    """Each value's maximum over the processes."""
+def largest(values: Tensor) -> Tensor:
+    """Each value's maximum over the processes; the host does not wait for it."""
     if not dist.is_initialized():
-        return list(values)
-    both = torch.tensor(values, dtype=torch.float64, device=_device())
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    return both.tolist()
+        return values
+    values = values.clone()
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -48,8 +48,12 @@ class Evaluation:
         return float(self.confusion[model or self.main].mean_iou())
 
     def scalars(self) -> dict[str, float]:
-        """mIoU of each model, for logs."""
-        return {f"val/{name}": self.mean_iou(name) for name in self.confusion}
+        """mIoU of each model, and the IoU of each class that has one, for logs."""
+        means = {f"val/{name}": self.mean_iou(name) for name in self.confusion}
+        for name, confusion in self.confusion.items():
+            for label, value in zip(self.class_names, confusion.iou().tolist(), strict=True):
+                means |= {f"val_iou/{name}/{label}": value} if value == value else {}
+        return means
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; shares of 1; null where a class is absent."""

@@ -4,13 +4,19 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from utils.evaluate import Evaluation
+
+# What a run costs, not what it computes: these values of a log differ from run to run.
+COSTS = ("images_per_second", "seconds_per_step", "data_wait", "memory_gib")
 
 
 class RunLogger:
@@ -37,7 +43,7 @@ class RunLogger:
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05,
             mininterval=0.1 if terminal else 15, miniters=1, file=sys.stderr, disable=silent,
         )  # fmt: skip
-        self._done = first_step
+        self._done, self._waited = first_step, 0.0
         self._asked = (time.perf_counter(), first_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -50,6 +56,13 @@ class RunLogger:
             for tag, value in values.items():
                 self.writer.add_scalar(tag, value, step)
 
+    def pictures(self, step: int, paths: Sequence[Path]) -> None:
+        """Pictures for TensorBoard, that of each student under its own tag."""
+        for own, path in enumerate(paths if self.writer is not None else ()):
+            self.writer.add_image(
+                f"picture/student_{own}", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC"
+            )
+
     def progress(self, text: str) -> None:
         """Text beside the progress bar."""
         self.bar.set_postfix_str(text, refresh=False)
@@ -59,11 +72,24 @@ class RunLogger:
         self._done += 1
         self.bar.update(1)
 
-    def steps_per_second(self) -> float:
-        """Since it was last asked: everything counts, loading and validation too."""
+    def waited(self, seconds: float) -> None:
+        """The step before which the loop waited so long for its images begins."""
+        self._waited += seconds
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done in it is no part of the steps' time."""
+        begun = time.perf_counter()
+        yield
+        then, step = self._asked
+        self._asked = (then + time.perf_counter() - begun, step)
+
+    def seconds_per_step(self) -> tuple[float, float]:
+        """Since it was last asked: the time of a step, and which share of it was waiting for images."""
         now, step = time.perf_counter(), self._done
         (then, before), self._asked = self._asked, (now, step)
-        return (step - before) / (now - then)
+        waited, self._waited = self._waited, 0.0
+        return (now - then) / max(step - before, 1), waited / (now - then)
 
     def message(self, text: str) -> None:
         """A line of its own above the progress bar."""
@@ -95,8 +121,8 @@ def print_result(evaluation: Evaluation, checkpoint: Path, *, again: Sequence[st
     folder, command = checkpoint.parent, f"python3 {shlex.join(again)}"
     print(f"\n{evaluation.as_text()}")
     print(f"run folder          {folder}")
-    if (folder / "picture.png").is_file():
-        print(f"picture             {folder / 'picture.png'}")
+    for picture in sorted(folder.glob("picture_*.png")):
+        print(f"picture             {picture}")
     if any(folder.glob("events.*")):
         print(f"curves              tensorboard --logdir {shlex.quote(str(folder))}")
     print(f"evaluate again      {command}")

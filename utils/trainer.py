@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,14 +17,15 @@ from torch.optim import Optimizer
 from utils.batch import Batch
 from utils.checkpoint import older_checkpoints, older_name, save_checkpoint
 from utils.config import Config, dump_config
-from utils.distributed import ALONE, World, all_messages, average_, largest, parallel
+from utils.distributed import ALONE, World, average_, parallel
 from utils.errors import CheckpointError, NonFiniteError, StorageError, UserError, loader_errors
 from utils.evaluate import Evaluation
-from utils.logger import RunLogger
+from utils.guard import Guard
+from utils.logger import COSTS, RunLogger
 from utils.randomness import keyed_seed
 from utils.run import Run
 from utils.schedule import poly_lr
-from utils.speed import arrange, autocast
+from utils.speed import arrange, autocast, keep_freed_memory, loss_scaler, peak_memory
 
 Losses = dict[tuple[str, int], Tensor]
 
@@ -33,8 +35,9 @@ class Trainer:
 
     method: a module with training_step, total_loss, after_step and log_values (see model/cross_teacher.py).
     loader: (stream name, first step) -> batches; the streams are "labeled" and "unlabeled".
-    evaluate: (step) -> Evaluation. picture: (path, step) -> writes one, called at the end and, with ``images_folder``,
-    at every validation. facts: which images are labeled; part of every checkpoint, and must be the same on resume.
+    evaluate: (step) -> Evaluation. picture: (path, step) -> writes some, named after it, and tells which; called at the
+    end and, with ``images_folder`` or TensorBoard, at every validation. facts: which images are labeled; part of every
+    checkpoint, and must be the same on resume.
     """
 
     def __init__(
@@ -46,24 +49,26 @@ class Trainer:
         *,
         config: Config,
         evaluate: Callable[[int], Evaluation],
-        picture: Callable[[Path, int], None],
+        picture: Callable[[Path, int], Sequence[Path]],
         facts: Mapping[str, str | int],
         images_folder: Path | None = None,
         here: World = ALONE,
     ) -> None:
         arrange(method, config)
+        if run.device.type == "cpu":
+            keep_freed_memory()
         self.here, self.wrapped = here, parallel(method, config, run.device)
         self.method, self.optimizer, self.loader, self.run, self.config = method, optimizer, loader, run, config
         self.evaluate, self.picture, self.images_folder = evaluate, picture, images_folder
+        if images_folder is None and config.utils.tensorboard:
+            self.images_folder = run.folder / "images"
         self.facts = dict(facts)
-        if images_folder is not None:
-            images_folder.mkdir(parents=True, exist_ok=True)
         self.step, self.best = 0, {"mean_iou": -1.0, "step": -1}  # step: number of steps done
         self.must_validate = False  # between a step after which a validation is due, and its end
         self.step_on_disk, self.bad_files = run.step_on_disk, set[str]()
-        self.agreed_signal: int | None = None
-        buffers = [buffer for student in method.students for buffer in student.buffers()]
-        self.buffers, self.buffers_before = buffers, [buffer.clone() for buffer in buffers]
+        self.scaler = loss_scaler(config, run.device)
+        self.guard = Guard([buffer for student in method.students for buffer in student.buffers()], run.device)
+        self.reads_every_step = run.device.type == "cpu"  # its host waits for every operation anyway
         if run.checkpoint is not None:
             self._restore(run.checkpoint)
 
@@ -84,18 +89,21 @@ class Trainer:
             with self.run.stoppable(), loader_errors():
                 evaluation = self._validate(logger) if self.must_validate else None
                 parts = zip(*loaders, strict=True)
+                asked = time.perf_counter()
                 while step := list(itertools.islice(parts, self.config.training.accumulation)):
+                    logger.waited(time.perf_counter() - asked)
                     with _in_one_piece():
                         self._train_one(logger, step)
                         self.must_validate = self._is_due("val_per_iter")
                     evaluation = self._validate(logger) if self.must_validate else evaluation
                     if self._is_due("save_checkpoint_every") or self.stop_signal:
-                        with _in_one_piece():
+                        with logger.aside(), _in_one_piece():
                             self.save_last()
                     if self.stop_signal:
                         how = "continue with --resume auto"
                         logger.message(f"stopped by signal {self.stop_signal} after step {self.step}; {how}")
                         return None
+                    asked = time.perf_counter()
             evaluation = evaluation or self.evaluate(self.step)  # the latter when a finished run was resumed
             self._write_results(evaluation)
             return evaluation
@@ -110,6 +118,7 @@ class Trainer:
 
     def save_last(self) -> None:
         """Write checkpoint.pth; the one before keeps its step in its name, and ``utils.keep_checkpoints`` are left."""
+        self._stop_if_not_finite()
         path, keep = self.run.folder / "checkpoint.pth", self.config.utils.keep_checkpoints
         is_older = self.step_on_disk is not None and self.step_on_disk < self.step
         self.save(path, keep_old_as=older_name(path, self.step_on_disk or 0) if is_older and keep > 1 else None)
@@ -120,7 +129,7 @@ class Trainer:
     @property
     def stop_signal(self) -> int | None:
         """The signal that ends the run after this step; of several processes, one that all of them know of."""
-        return self.run.stop_signal if self.here.size == 1 else self.agreed_signal
+        return self.run.stop_signal if self.here.size == 1 else self.guard.agreed_signal
 
     def save(self, path: Path, *, keep_old_as: Path | None = None) -> None:
         """Everything that the run needs to go on; of several processes the first one writes it."""
@@ -133,6 +142,7 @@ class Trainer:
             "facts": self.facts,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "must_validate": self.must_validate,
             "threads": torch.get_num_threads(),
             "parts": self.here.size * self.config.training.accumulation,
@@ -140,13 +150,14 @@ class Trainer:
         save_checkpoint(path, state, keep_old_as=keep_old_as)
 
     def _train_one(self, logger: RunLogger, parts: Sequence[tuple[Batch, ...]]) -> None:
-        """One step from this process's parts of the batch. Losses are checked before anything is changed by them."""
+        """One step from this process's parts of the batch. What is not finite changes nothing, see utils/guard.py."""
         step = self.step
         self._set_learning_rate(step)
-        torch._foreach_copy_(self.buffers_before, self.buffers)
+        self.guard.watch()
         self._count_bad_files(logger, [batch for part in parts for batch in part])
         self.optimizer.zero_grad(set_to_none=True)
         seen, means = [], dict[tuple[str, int], Tensor]()
+        self.method.recording = self._is_due("log_per_iter", after=step + 1)
         for index, part in enumerate(parts):
             place = self.here.rank * len(parts) + index
             torch.manual_seed(keyed_seed(self.config.seed, "step", step, *((place,) if place else ())))  # dropout
@@ -155,25 +166,30 @@ class Trainer:
             with nullcontext() if is_last or self.here.size == 1 else self.wrapped.no_sync():  # type: ignore[operator]
                 with autocast(self.config, self.run.device):
                     losses = self.wrapped(labeled, unlabeled[0] if unlabeled else None, step=step, part=place)
-                (self.method.total_loss(losses, step=step) / len(parts)).backward()
+                if self.method.recording and is_last:
+                    self.method.observe(losses)
+                self.scaler.scale(self.method.total_loss(losses, step=step) / len(parts)).backward()
             seen.append(labeled)
             for key, loss in losses.items():
                 means[key] = means.get(key, 0.0) + loss.detach() / len(parts)
-        self._stop_if_not_finite(means, [name for part in parts for batch in part for name in batch.ids])
-        self.optimizer.step()
+        self._judge(means, [name for part in parts for batch in part for name in batch.ids])
+        self.optimizer.step()  # unless judged otherwise
         with autocast(self.config, self.run.device):
-            self.method.after_step(*seen, step=step)
+            self.method.after_step(*seen, step=step, frozen=None if self.reads_every_step else self.guard.broken)
         self.step += 1
         logger.advance()
+        if any(self._is_due(key) for key in ("log_per_iter", "val_per_iter", "save_checkpoint_every")):
+            self._stop_if_not_finite()
         if self._is_due("log_per_iter"):
             self._log(logger, means)
 
     def _validate(self, logger: RunLogger) -> Evaluation:
-        evaluation = self.evaluate(self.step)
-        with _in_one_piece():
-            self._keep_best(logger, evaluation)
-        if self.images_folder is not None:
-            self.picture(self.images_folder / f"step_{self.step:06d}.png", self.step)
+        with logger.aside():
+            evaluation = self.evaluate(self.step)
+            with _in_one_piece():
+                self._keep_best(logger, evaluation)
+            if self.images_folder is not None:
+                logger.pictures(self.step, self.picture(self.images_folder / f"step_{self.step:06d}.png", self.step))
         return evaluation
 
     def _keep_best(self, logger: RunLogger, evaluation: Evaluation) -> None:
@@ -199,6 +215,8 @@ class Trainer:
         try:
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.scaler.is_enabled() and state.get("scaler"):
+                self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{self.run.folder}: the checkpoint does not fit this model: {str(error)[:300]}"
@@ -230,8 +248,10 @@ class Trainer:
                 "python3 prepare_data.py check names all of them"
             )
 
-    def _is_due(self, key: str) -> bool:
-        return self.step % getattr(self.config.utils, key) == 0 or self.step == self.config.training.num_iterations
+    def _is_due(self, key: str, *, after: int | None = None) -> bool:
+        """after: so many steps, by default those that are done."""
+        step = self.step if after is None else after
+        return step % getattr(self.config.utils, key) == 0 or step == self.config.training.num_iterations
 
     def _set_learning_rate(self, step: int) -> None:
         training = self.config.training
@@ -246,32 +266,40 @@ class Trainer:
         groups = [group for group in self.optimizer.param_groups if group["name"] in ("backbone_0", "head_0")]
         rates = {f"learning_rate/{group['name'][:-2]}": group["lr"] for group in groups}
         streams = 2 if self.config.training.unlabeled.train_unlabeled else 1
-        speed = streams * self.config.training.batch_size * logger.steps_per_second()
-        logger.scalars(self.step, values | rates | self.method.log_values() | {"images_per_second": speed})
+        seconds, waited = logger.seconds_per_step()
+        speed = streams * self.config.training.batch_size / seconds
+        costs = dict(zip(COSTS, (speed, seconds, waited, peak_memory(self.run.device)), strict=True))
+        logger.scalars(self.step, values | rates | self.method.log_values(self.step) | costs)
         terms = dict.fromkeys(term for term, _ in losses)
         means = (f"{term} {sum(values[f'{term}/{own}'] for own in (0, 1)) / 2:.3f}" for term in terms)
         logger.progress(", ".join((*means, f"{speed:.1f} images/s")))
 
-    def _stop_if_not_finite(self, losses: Losses, ids: list[str]) -> None:
-        """NonFiniteError before any weight, teacher or bank is changed; all processes stop at the same step."""
+    def _judge(self, losses: Losses, ids: list[str]) -> None:
+        """Forbid the coming update where a loss or gradient is not finite; stop now if this host knows already."""
+        self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        is_bad = not torch.isfinite(torch.stack([*losses.values(), norm.to(next(iter(losses.values())))])).all()
-        failed, stop = largest(is_bad, self.run.stop_signal or 0)
-        self.agreed_signal = int(stop) or None
-        if not failed:
+        self.optimizer.found_inf = self.guard.judge(  # type: ignore[attr-defined]
+            losses, gradients, step=self.step, ids=ids, signal=self.run.stop_signal or 0,
+            scaled=self.scaler.is_enabled(),
+        )  # fmt: skip
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        if self.reads_every_step:
+            self._stop_if_not_finite()
+
+    def _stop_if_not_finite(self) -> None:
+        """NonFiniteError if a step was bad; all processes stop, in the state before that step."""
+        failure = self.guard.read()
+        if failure is None and self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise NonFiniteError('training.precision "fp16" cannot hold the gradients, however scaled; use "bf16"')
+        if failure is None:
             return
-        bad = [
-            f"{term} of student {own} is {loss.item()}" for (term, own), loss in losses.items() if not loss.isfinite()
-        ]
-        found = all_messages(f"{', '.join(bad)} (images {', '.join(ids)})" if bad else "")
-        what = "; ".join(found) or f"a gradient is not finite, though every loss is (images {', '.join(ids)})"
-        torch._foreach_copy_(self.buffers, self.buffers_before)  # BatchNorm has seen the batch
+        self.step = failure.step
         before = self.run.folder / "before_failure.pth"
         self.save(before)
         last = self.run.folder / "checkpoint.pth"
         raise NonFiniteError(
-            f"{what} at step {self.step}; weights not updated. Last checkpoint: "
+            f"{failure.what} at step {self.step}; weights not updated. Last checkpoint: "
             f"{last if last.is_file() else 'none yet'}; the state before this step: {before}. "
             "A smaller training.learning_rate is the usual cure"
         )
@@ -290,6 +318,14 @@ def _in_one_piece() -> Iterator[None]:
         previous(*noted[-1])
 
 
+def learning_rate(config: Config) -> float:
+    """The base rate at step 0, in proportion to the batch where the configuration says so."""
+    training = config.training
+    if training.learning_rate_batch_size is None:
+        return training.learning_rate
+    return training.learning_rate * training.batch_size / training.learning_rate_batch_size
+
+
 def build_optimizer(networks: Iterable[Any], config: Config) -> Optimizer:
     """SGD over two parts of each network: backbone and head, each parameter once.
 
@@ -304,7 +340,7 @@ def build_optimizer(networks: Iterable[Any], config: Config) -> Optimizer:
             "head": list(network.head_parameters()),
         }
         for part, parameters in parts.items():
-            base = training.learning_rate * multipliers[part]
+            base = learning_rate(config) * multipliers[part]
             free = [] if training.decay_norm_and_bias else [p for p in parameters if p.ndim <= 1]
             kept = [p for p in parameters if training.decay_norm_and_bias or p.ndim > 1]
             groups.append({"params": kept, "base_lr": base, "lr": base, "name": f"{part}_{index}"})
@@ -313,5 +349,5 @@ def build_optimizer(networks: Iterable[Any], config: Config) -> Optimizer:
                     {"params": free, "base_lr": base, "lr": base, "name": f"{part}_free_{index}", "weight_decay": 0.0}
                 )
     return torch.optim.SGD(
-        groups, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+        groups, lr=learning_rate(config), momentum=training.momentum, weight_decay=training.weight_decay, fused=True
     )

@@ -89,10 +89,28 @@ def save_confusion(path: Path, matrix: np.ndarray, *, class_names: Sequence[str]
     figure.savefig(path)
 
 
+def save_pictures(
+    path: Path, previews: Sequence[Mapping[str, Any]], *, truth: Any, title: str, config: Config
+) -> list[Path]:
+    """A picture for each student, ``<path>_student_0.png`` and so on, of what it learns from.
+
+    previews: see ``CrossTeacher.preview``; truth: (B,H,W) integer labels of their images.
+    """
+    paths = []
+    for own, preview in enumerate(previews):
+        first, *others = preview.items()
+        paths.append(path.with_name(f"{path.stem}_student_{own}.png"))
+        save_picture(
+            paths[-1], dict([first, ("truth", truth), *others]), title=f"{title}; student {own}", config=config
+        )
+    return paths
+
+
 def save_picture(path: Path, columns: Mapping[str, Any], *, title: str, config: Config) -> None:
     """One row an image, one titled column an entry, and the classes' colors below.
 
-    columns: title -> tensors, (B,3,H,W) float RGB images in [0,1] or (B,H,W) integer label maps.
+    columns: title -> tensors, (B,3,H,W) float RGB images in [0,1], (B,H,W) integer label maps, bool masks (white where
+    True) or float in [0,1], whose scale is shown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and without pyplot's global state
     from matplotlib.figure import Figure
@@ -113,10 +131,20 @@ def save_picture(path: Path, columns: Mapping[str, Any], *, title: str, config: 
     for column, (name, images) in enumerate(arrays.items()):
         axes[0][column].set_title(name, fontsize=10)
         for row, image in enumerate(images):
-            is_photo = image.ndim == 3
-            shown = image.transpose(1, 2, 0) if is_photo else colorize(image, palette, ignore_label=ignore_label)
-            axes[row][column].imshow(shown, interpolation="nearest")
+            how: dict[str, Any] = {"interpolation": "nearest"}
+            if image.ndim == 3:
+                shown = image.transpose(1, 2, 0)
+            elif image.dtype.kind in "fb":
+                shown, how = (
+                    image,
+                    how | {"cmap": "gray" if image.dtype.kind == "b" else "viridis", "vmin": 0, "vmax": 1},
+                )
+            else:
+                shown = colorize(image, palette, ignore_label=ignore_label)
+            drawn = axes[row][column].imshow(shown, **how)
             axes[row][column].set_axis_off()
+        if images.dtype.kind == "f" and images.ndim == 3:
+            figure.colorbar(drawn, ax=[axes[row][column] for row in range(rows)], fraction=0.05, pad=0.02)
     figure.suptitle(title, fontsize=11)
     colors = np.array(
         [colorize(np.array([[index]]), palette, ignore_label=ignore_label)[0, 0] for index in range(len(class_names))]
