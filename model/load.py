@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from model.build import build_network, build_networks
 from model.cross_teacher import CrossTeacher
+from model.exported import Exported, OnnxNetwork, load_onnx
 from model.network import SegmentationNetwork
 from model.pretrained import RELEASE_NORMALIZATIONS, load_release_weights
 from utils.checkpoint import check_format, is_release, read_file
-from utils.config import Config, override_config
-from utils.errors import CheckpointError
+from utils.config import Config, DatasetConfig, override_config
+from utils.errors import CheckpointError, UserError
 
 
 class Trained(NamedTuple):
@@ -43,6 +44,23 @@ def load_trained(path: Path, *, overrides: Sequence[str] = ()) -> Trained:
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path}: does not fit the model of its own configuration: {str(error)[:300]}") from None
     return Trained(method.models(), config, state["facts"] | {"step": state["step"], "seed": config.seed})
+
+
+def load_for_prediction(
+    path: Path,
+) -> tuple[dict[str, SegmentationNetwork] | dict[str, OnnxNetwork], DatasetConfig | Exported]:
+    """The networks of a checkpoint or of an .onnx file that export.py wrote, and what their classes are.
+
+    Raises:
+        UserError: see ``load_trained`` and ``load_onnx``.
+    """
+    if path.suffix.lower() == ".onnx":
+        network = load_onnx(path)
+        return {network.about.model: network}, network.about
+    if path.suffix.lower() == ".pt2":
+        raise UserError(f"{path}: predict.py runs checkpoints and .onnx files; torch.export.load reads this one")
+    networks, config, _ = load_trained(path)
+    return networks, config.data
 
 
 def _load_release(state: dict[str, Any], path: Path, overrides: Sequence[str]) -> Trained:

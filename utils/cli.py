@@ -121,9 +121,13 @@ def _add_test_time(parser: argparse.ArgumentParser) -> None:
 
 def prediction_parser() -> argparse.ArgumentParser:
     """The command line of predict.py."""
-    parser = _parser("Segment photographs with a checkpoint, ours or the authors' release's.")
+    parser = _parser("Segment photographs with a checkpoint, ours or the authors' release's, or an exported ONNX file.")
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint, or run folder (its best_model.pth, else checkpoint.pth)")
+    add(
+        "checkpoint",
+        type=Path,
+        help="checkpoint, or run folder (its best_model.pth, else checkpoint.pth), or an .onnx file of export.py",
+    )
     add("input", type=Path, help="an image, a folder (with all folders below), or a text file with one path a line")
     add("output", type=Path, help="folder for labels/, overlays/ and confidence/; nothing is written elsewhere")
     add("--model", help="student_0, teacher_1, ...; default: the ensemble, or the student of a release's checkpoint")
@@ -134,6 +138,57 @@ def prediction_parser() -> argparse.ArgumentParser:
     _add_test_time(parser)
     add("--gpu", type=int, metavar="I", help="number of the GPU, -1: the CPU; default: the first GPU, if any")
     return parser
+
+
+def prediction_device(args: argparse.Namespace) -> str:
+    """What ``choose_device`` is asked for: an ONNX file is run on the CPU."""
+    exported = args.checkpoint.suffix.lower() == ".onnx"
+    if exported and args.gpu is not None and args.gpu != -1:
+        raise UserError(f"--gpu {args.gpu}: an ONNX file is run on the CPU; leave it out, or name the checkpoint")
+    return "cpu" if exported or args.gpu == -1 else "auto" if args.gpu is None else f"cuda:{args.gpu}"
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """The command line of export.py."""
+    parser = _parser(
+        "Write a checkpoint's model, from photographs to probabilities, as .pt2 (torch.export) and ONNX file, "
+        "and compare the written files with the checkpoint."
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint, or run folder (its best_model.pth, else checkpoint.pth)")
+    add("output", type=Path, help="file that ends in .pt2 or .onnx, or a folder for <model>.pt2 and <model>.onnx")
+    add(
+        "--format",
+        choices=("pt2", "onnx", "both"),
+        help="default: what OUTPUT ends in, both for a folder; onnx needs the packages onnx, onnxscript, onnxruntime",
+    )
+    add("--model", help="student_0, teacher_1, ...; default: the ensemble, or the student of a release's checkpoint")
+    add("--image", type=Path, metavar="FILE", help="photograph to compare on; default: a picture drawn by this program")
+    return parser
+
+
+def export_formats(args: argparse.Namespace) -> list[str]:
+    """ "pt2", "onnx" or both, as ``--format`` and the ending of OUTPUT say; UserError where they disagree."""
+    ending = _export_ending(args.output)
+    if not ending and args.output.exists() and not args.output.is_dir():
+        raise UserError(f"{args.output}: is a file; expected a folder, or a file name that ends in .pt2 or .onnx")
+    if ending and args.format not in (None, ending):
+        need = "a folder holds both" if args.format == "both" else f"name the file .{args.format}"
+        raise UserError(f"--format {args.format}: OUTPUT {args.output} ends in .{ending}; leave one out, or {need}")
+    wanted = ending or args.format or "both"
+    return ["pt2", "onnx"] if wanted == "both" else [wanted]
+
+
+def export_targets(args: argparse.Namespace, formats: list[str], model: str) -> dict[str, Path]:
+    """The file of each format: OUTPUT, or <model>.<format> in it."""
+    is_file = bool(_export_ending(args.output))
+    return {kind: args.output if is_file else args.output / f"{model}.{kind}" for kind in formats}
+
+
+def _export_ending(output: Path) -> str:
+    """ "pt2" or "onnx" for a file; "" for a folder."""
+    ending = output.suffix.lower().lstrip(".")
+    return ending if ending in ("pt2", "onnx") and not output.is_dir() else ""
 
 
 def prepare_parser() -> argparse.ArgumentParser:

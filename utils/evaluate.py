@@ -168,6 +168,12 @@ def choose_models(networks: Mapping[str, Any], wanted: Sequence[str] | None) -> 
     return [name for name in known if wanted is None or name in wanted]
 
 
+def choose_model(networks: Mapping[str, Any], wanted: str | None) -> str:
+    """``wanted``, or the ensemble, or the first where there is none; UserError for a name that is none of them."""
+    known = model_names(networks)
+    return choose_models(networks, [wanted or (ENSEMBLE if ENSEMBLE in known else known[0])])[0]
+
+
 def model_names(networks: Mapping[str, Any]) -> list[str]:
     """The networks, and the ensemble where there are two students."""
     students = [name for name in networks if name.startswith("student")]

@@ -96,7 +96,7 @@ def predict_all(
     students = [name for name in networks if name.startswith("student")]
     needed = [name for name in networks if name in wanted or (ENSEMBLE in wanted and name in students)]
     found = {name: predict(networks[name], images, size, inference=inference) for name in needed}
-    if ENSEMBLE in wanted:
+    if ENSEMBLE in wanted and ENSEMBLE not in networks:  # an exported ensemble is one network
         found[ENSEMBLE] = torch.stack([found[name] for name in students]).mean(dim=0)
     return {name: one for name, one in found.items() if name in wanted}
 
