@@ -13,10 +13,10 @@ from torch import Tensor
 
 from utils.distributed import total
 from utils.errors import UserError
-from utils.inference import ENSEMBLE, Inference, predict_all
+from utils.inference import ENSEMBLE, Inference, classify_all
 from utils.metrics import ConfusionMatrix
 
-PIXELS_AT_ONCE = 2**20  # the probabilities of five models at the labels' size are in memory together
+PIXELS_AT_ONCE = 2**20  # of labels; on a GPU the outputs of all models at that size are in memory together
 
 
 class LabeledImage(Protocol):
@@ -145,13 +145,12 @@ def evaluate(
     for batch in batches:
         for images, labels, ids in _same_sizes(batch, device):
             size = (labels.shape[-2], labels.shape[-1])
-            probabilities = predict_all(networks, images, size, inference=inference, wanted=wanted)
-            predictions = {name: one.argmax(dim=1) for name, one in probabilities.items()}
+            predictions = classify_all(networks, images, size, inference=inference, wanted=wanted)
             for name, prediction in predictions.items():
                 confusion[name].update(prediction, labels)
             count += len(ids)
             if on_prediction is not None:
-                for identifier, label_map in zip(ids, predictions[evaluation.main].byte().cpu(), strict=True):
+                for identifier, label_map in zip(ids, predictions[evaluation.main].cpu(), strict=True):
                     on_prediction(identifier, label_map)
     for name, network in networks.items():
         network.train(modes[name])

@@ -1,6 +1,6 @@
 """How a network is applied to whole images: protocols, flips and scales (METHOD 10)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from utils.errors import UserError
 
 ENSEMBLE = "ensemble"
 SMALLEST = 33  # pixels a side that the networks need; smaller images are padded
+STRIP = 2**18  # values that are compared at once on a CPU: they stay in its cache
 AT_ONCE, LARGE_WINDOW = 2**22, (1024, 1024)  # larger photographs are predicted window by window
 Size = tuple[int, int]
 
@@ -31,6 +32,11 @@ class Inference:
     window: Size | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether a network sees an image once and nothing is averaged."""
+        return self.window is None and self.scales == (1.0,) and not self.flip
 
     def about(self) -> dict[str, str]:
         """What a result must tell besides the protocol; nothing for one pass."""
@@ -93,12 +99,62 @@ def predict_all(
 
     images: (B,3,H,W) float RGB in [0,1]. networks: in evaluation mode.
     """
-    students = [name for name in networks if name.startswith("student")]
-    needed = [name for name in networks if name in wanted or (ENSEMBLE in wanted and name in students)]
+    students, needed = _needed(networks, wanted)
     found = {name: predict(networks[name], images, size, inference=inference) for name in needed}
     if ENSEMBLE in wanted and ENSEMBLE not in networks:  # an exported ensemble is one network
         found[ENSEMBLE] = torch.stack([found[name] for name in students]).mean(dim=0)
     return {name: one for name, one in found.items() if name in wanted}
+
+
+@torch.no_grad()
+def classify_all(
+    networks: Mapping[str, Any], images: Tensor, size: Size, *, inference: Inference, wanted: frozenset[str]
+) -> dict[str, Tensor]:
+    """The most probable class (B,*size) uint8 by every wanted model: ``predict_all``'s argmax, but quicker.
+
+    A network's own classes need no probabilities: the largest logit has the largest. Upsampled outputs are there for
+    one image at a time on a CPU, and are compared strip by strip.
+    """
+    students, needed = _needed(networks, wanted)
+    if inference.is_one_pass:
+        # On CPUs an output is enlarged several times as fast when all classes of a pixel are neighbours.
+        order = torch.channels_last if images.device.type == "cpu" else torch.contiguous_format
+        passes = ((name, networks[name].normalization(images)) for name in needed)
+        outputs = {
+            name: _one_pass(networks[name], inputs, inference).contiguous(memory_format=order) for name, inputs in passes
+        }
+    else:
+        outputs = {name: predict(networks[name], images, size, inference=inference) for name in needed}
+    found = {name: images.new_empty(len(images), *size, dtype=torch.uint8) for name in wanted}
+    for part in _parts(len(images), size, next(iter(outputs.values()))):
+        maps = {name: one[part] for name, one in outputs.items()}
+        if inference.is_one_pass:
+            maps = {name: _enlarge(one, images.shape[-2:], size, inference) for name, one in maps.items()}
+        for rows in _strips(next(iter(maps.values()))):
+            strips = {name: one[:, :, rows].contiguous() for name, one in maps.items()}
+            for name in wanted & strips.keys():
+                found[name][part, rows] = largest(strips[name])
+            if ENSEMBLE in wanted:
+                shares = [strips[name].softmax(dim=1) if inference.is_one_pass else strips[name] for name in students]
+                found[ENSEMBLE][part, rows] = largest(sum(shares[1:], start=shares[0]))
+    return found
+
+
+def largest(maps: Tensor) -> Tensor:
+    """(B,C,H,W) -> (B,H,W) uint8: the class of the largest value, the first of equal ones."""
+    if maps.device.type != "cpu":
+        return maps.argmax(dim=1).byte()
+    # torch's argmax over any dimension but the last is slow on CPUs: here class by class against the best so far.
+    best = maps[:, 0].clone()
+    label = torch.zeros(best.shape, dtype=torch.uint8)
+    is_larger = torch.empty(best.shape, dtype=torch.bool)
+    as_number = is_larger.view(torch.uint8)  # the same bytes, 0 or 1
+    for index in range(1, maps.shape[1]):
+        one = maps[:, index]
+        torch.gt(one, best, out=is_larger)
+        torch.maximum(best, one, out=best)
+        torch.maximum(label, as_number.mul_(index), out=label)
+    return label
 
 
 @torch.no_grad()
@@ -120,14 +176,50 @@ def _probabilities(network: Any, inputs: Tensor, size: Size, inference: Inferenc
     """(B,C,*size) of normalized images, in one pass or window by window."""
     if inference.window is not None:
         return _resize(_by_windows(network, inputs, inference.window), size)
+    return _enlarge(_one_pass(network, inputs, inference), inputs.shape[-2:], size, inference).softmax(dim=1)
+
+
+def _one_pass(network: Any, inputs: Tensor, inference: Inference) -> Tensor:
+    """Normalized images (B,3,H,W), padded -> logits (B,C,h,w) on the network's grid."""
     height, width = inputs.shape[-2:]
+    rows, columns = _padded_size((height, width), inference)
+    if (rows, columns) != (height, width):
+        inputs = F.pad(inputs, (0, columns - width, 0, rows - height))
+    logits: Tensor = network(inputs).logits
+    return logits.float()
+
+
+def _enlarge(logits: Tensor, image_size: Sequence[int], size: Size, inference: Inference) -> Tensor:
+    """What ``_one_pass`` gave for images of a size, the padding cut off -> (B,C,*size)."""
+    height, width = image_size
+    padded = _padded_size((height, width), inference)
+    if padded == (height, width):
+        return _resize(logits, size)
+    return _resize(_resize(logits, padded)[..., :height, :width], size)
+
+
+def _padded_size(image_size: Size, inference: Inference) -> Size:
     rows, columns = inference.pad or (0, 0)
-    below, right = max(rows, SMALLEST) - height, max(columns, SMALLEST) - width
-    if below <= 0 and right <= 0:
-        return _resize(network(inputs).logits.float(), size).softmax(dim=1)
-    padded = F.pad(inputs, (0, max(0, right), 0, max(0, below)))
-    logits = _resize(network(padded).logits.float(), (padded.shape[-2], padded.shape[-1]))
-    return _resize(logits[..., :height, :width], size).softmax(dim=1)
+    return max(image_size[0], rows, SMALLEST), max(image_size[1], columns, SMALLEST)
+
+
+def _needed(networks: Mapping[str, Any], wanted: frozenset[str]) -> tuple[list[str], list[str]]:
+    """The students, and the networks that must run."""
+    students = [name for name in networks if name.startswith("student")]
+    return students, [name for name in networks if name in wanted or (ENSEMBLE in wanted and name in students)]
+
+
+def _parts(images: int, size: Size, maps: Tensor) -> list[slice]:
+    """Images of which all upsampled outputs are in memory together: on a CPU few, for they leave its cache."""
+    at_once = images if maps.device.type != "cpu" else max(1, STRIP // (maps.shape[1] * size[0] * size[1]))
+    return [slice(start, start + at_once) for start in range(0, images, at_once)]
+
+
+def _strips(maps: Tensor) -> list[slice]:
+    """Rows of (B,C,H,W) that are compared together."""
+    count, classes, height, width = maps.shape
+    rows = height if maps.device.type != "cpu" else max(1, STRIP // (count * classes * width))
+    return [slice(start, start + rows) for start in range(0, height, rows)]
 
 
 def _by_windows(network: Any, inputs: Tensor, window: Size) -> Tensor:

@@ -39,14 +39,16 @@ class ConfusionMatrix:
         # int64 first: a uint8 product of class and C would wrap around.
         predicted, truth = prediction.long().flatten(), target.long().flatten().to(prediction.device)
         counted = (truth >= 0) & (truth < self.num_classes)
-        predicted, truth = predicted[counted], truth[counted]
         # Unchecked, class C of row r would be counted as class 0 of row r + 1.
-        if ((predicted < 0) | (predicted >= self.num_classes)).any():
-            low, high = int(predicted.min()), int(predicted.max())
+        wrong = counted & ((predicted < 0) | (predicted >= self.num_classes))
+        if wrong.any():
+            low, high = int(predicted[counted].min()), int(predicted[counted].max())
             raise ValueError(
                 f"ConfusionMatrix: predictions range from {low} to {high}; expected 0..{self.num_classes - 1}"
             )
-        cells = torch.bincount(truth * self.num_classes + predicted, minlength=self.num_classes**2)
+        # What is not counted goes to one cell more: quicker than to pick out what is.
+        cells = torch.where(counted, truth * self.num_classes + predicted, self.num_classes**2)
+        cells = torch.bincount(cells, minlength=self.num_classes**2 + 1)[:-1]
         self.matrix += cells.reshape(self.num_classes, self.num_classes).cpu()
 
     def iou(self) -> Tensor:
