@@ -96,7 +96,12 @@ class Bench:
         students = [student.to(device).eval() for student in build_networks(self.config)]
         self.networks: dict[str, Any] = {f"student_{own}": student for own, student in enumerate(students)}
         self.networks |= {f"teacher_{own}": copy.deepcopy(student) for own, student in enumerate(students)}
-        self.files, self.device, self.split, self.protocol = DatasetFiles(self.config), device, args.split, args.protocol
+        self.files, self.device, self.split, self.protocol = (
+            DatasetFiles(self.config),
+            device,
+            args.split,
+            args.protocol,
+        )
         self.inference: Inference = inference_for(self.config, args.protocol)
         self.shapes: list[tuple[str, torch.Size]] = []
         self.inputs: dict[torch.Size, torch.Tensor] = {}

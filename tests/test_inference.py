@@ -19,7 +19,7 @@ from tests.conftest import tiny_values
 from utils.config import check_config
 from utils.errors import UserError
 from utils.evaluate import choose_models, evaluate
-from utils.inference import Inference, inference_for, predict, predict_all
+from utils.inference import ENSEMBLE, STRIP, Inference, classify_all, inference_for, largest, predict, predict_all
 from utils.visualize import save_confusion
 
 CPU = torch.device("cpu")
@@ -122,6 +122,52 @@ def test_the_ensemble_is_the_mean_of_the_students_and_only_what_is_needed_runs()
     assert set(found) == {"ensemble"}
     torch.testing.assert_close(found["ensemble"], (image.softmax(dim=1) + (5 * image).softmax(dim=1)) / 2)
     assert networks["teacher_0"].sizes == []
+
+
+INFERENCES = [
+    Inference(),
+    Inference(pad=(60, 80)),
+    Inference(flip=True),
+    Inference(window=(40, 40)),
+    Inference(scales=(1.0, 1.5)),
+]
+
+
+@pytest.mark.parametrize("inference", INFERENCES, ids=str)
+@pytest.mark.parametrize("size", [(48, 64), (96, 130)])
+def test_classes_are_those_of_the_largest_probabilities(inference: Inference, size: tuple[int, int]):
+    networks = {}
+    for name in ("student_0", "student_1", "teacher_0"):
+        torch.manual_seed(len(networks))
+        networks[name] = build_network("DeepLab", 4, "resnet18", width=8, feature_channels=32).eval()
+    images, wanted = torch.rand(3, 3, 48, 64), frozenset(["student_1", "teacher_0", ENSEMBLE])
+    classes = classify_all(networks, images, size, inference=inference, wanted=wanted)
+    probabilities = predict_all(networks, images, size, inference=inference, wanted=wanted)
+    assert classes.keys() == wanted
+    for name, label in classes.items():
+        assert label.dtype == torch.uint8
+        assert label.shape == (3, *size)
+        highest = probabilities[name].amax(dim=1)
+        of_label = probabilities[name].gather(1, label.long()[:, None])[:, 0]
+        assert (of_label >= highest - 1e-6).all(), "another class only where both are equal but for rounding"
+        assert (label == probabilities[name].argmax(dim=1)).float().mean() > 0.999
+
+
+def test_classes_of_images_larger_than_a_strip_are_whole():
+    side = int((STRIP / 3) ** 0.5) + 40  # several strips an image, the last one shorter
+    images = torch.rand(2, 3, side, side)
+    networks = {"student_0": Pixelwise(), "student_1": Pixelwise()}
+    found = classify_all(
+        networks, images, (side, side), inference=Inference(), wanted=frozenset(["student_0", ENSEMBLE])
+    )
+    for label in found.values():
+        torch.testing.assert_close(label, images.argmax(dim=1).byte())
+
+
+def test_the_largest_is_the_first_of_equal_values():
+    maps = torch.randint(0, 3, (2, 21, 9, 7)).float()
+    torch.testing.assert_close(largest(maps).long(), torch.from_numpy(maps.numpy().argmax(axis=1)))
+    assert largest(torch.rand(1, 1, 2, 2)).sum() == 0, "one class"
 
 
 def test_protocols_of_a_configuration():

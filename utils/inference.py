@@ -121,7 +121,8 @@ def classify_all(
         order = torch.channels_last if images.device.type == "cpu" else torch.contiguous_format
         passes = ((name, networks[name].normalization(images)) for name in needed)
         outputs = {
-            name: _one_pass(networks[name], inputs, inference).contiguous(memory_format=order) for name, inputs in passes
+            name: _one_pass(networks[name], inputs, inference).contiguous(memory_format=order)
+            for name, inputs in passes
         }
     else:
         outputs = {name: predict(networks[name], images, size, inference=inference) for name in needed}

@@ -1,0 +1,140 @@
+"""The benchmarks run from the command line, and their tables and files agree. No clock is tested."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measure import Column, _cell, in_turn, median_ratio, peak_memory
+from benchmarks.photographs import write_dataset
+
+CPU = torch.device("cpu")
+PROJECT = Path(__file__).parent.parent
+
+
+def run(name: str, folder: Path, *options: str) -> tuple[list[str], dict[str, Any]]:
+    """The lines that a benchmark printed, and the content of its JSON file."""
+    file = folder / f"{name}.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options, "--threads", "1", "--json", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), json.loads(file.read_text())
+
+
+def check_common(lines: list[str], content: dict[str, Any], *, rounds: int, head: str) -> list[str]:
+    """The table's rows, after what every benchmark tells of its machine."""
+    machine = content["machine"]
+    assert lines[1] == f"{machine['where']}, 1 threads, torch {torch.__version__}, commit {machine['commit']}"
+    assert lines[2] == f"medians of {rounds} rounds in turn"
+    assert lines[3].split()[0] == head
+    rows = lines[4 : 4 + len(content["rows"])]
+    assert [row.split()[0] for row in rows] == [row[head] for row in content["rows"]]
+    return rows
+
+
+@pytest.mark.slow
+def test_contrast_compares_both_forms_and_leaves_the_direct_one_out_where_told(tmp_path: Path):
+    options = ("--anchors", "40", "90", "--direct-up-to", "40", "--classes", "3", "--entries", "8", "--channels", "16")
+    lines, content = run("contrast", tmp_path, *options, "--rounds", "2", "--device", "cpu")
+    table = check_common(lines, content, rounds=2, head="term")
+    assert [(row["term"], row["anchors"]) for row in content["rows"]] == [
+        (term, anchors) for term in ("high_level", "low_level") for anchors in (40, 90)
+    ]
+    for row, shown in zip(content["rows"], table, strict=True):
+        assert row["gradient_bytes"] == row["anchors"] * 16 * 4
+        assert row["ours_bytes"] > row["gradient_bytes"], "the gradient is part of the peak"
+        assert row["ours_seconds"] > 0
+        is_direct = row["anchors"] <= 40
+        assert (row["direct_bytes"] is not None) == (row["speed"] is not None) == is_direct
+        assert shown.split().count("-") == (0 if is_direct else 3)
+        assert not is_direct or row["direct_bytes"] > row["anchors"] * 3 * 8 * 4, "at least the matrix"
+    assert [one["term"] for one in content["checks"]] == ["high_level", "low_level"]
+    assert all(max(one["value_difference"], one["gradient_difference"]) < 1e-4 for one in content["checks"])
+    assert sum("in the gradient, relative" in line for line in lines) == 2
+
+
+@pytest.mark.slow
+def test_data_reads_both_datasets_with_every_cache_and_compares_with_a_step(tmp_path: Path):
+    options = ("--images", "2", "--batch", "2", "--size", "80,100", "--crop", "65,65", "--workers", "0", "1")
+    lines, content = run("data", tmp_path, *options, "--rounds", "1", "--step-seconds", "0.5")
+    check_common(lines, content, rounds=1, head="dataset")
+    assert {(row["dataset"], row["cache"], row["workers"]) for row in content["rows"]} == {
+        (dataset, cache, workers)
+        for dataset in ("voc", "cityscapes")
+        for cache in ("none", "cold", "warm")
+        for workers in (0, 1)
+    }
+    assert content["images_per_second_needed"] == 8
+    for row in content["rows"]:
+        assert row["file_bytes"] > 500
+        assert row["per_core"] == pytest.approx(row["images_per_second"])  # one core each
+        assert row["cores_needed"] == pytest.approx(8 / row["per_core"])
+    assert lines[-1].startswith("a step of 0.5 s needs 8.0 images/s")
+
+
+def test_data_refuses_images_that_fill_no_batch():
+    command = [sys.executable, "-m", "benchmarks.data", "--images", "7", "--batch", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=600)
+    assert done.returncode == 2
+    assert done.stderr == "error: --images 7: expected a multiple of --batch 2; every batch is full\n"
+
+
+@pytest.mark.slow
+def test_evaluation_tells_the_overhead_of_generated_images_and_of_a_configurations_own(tmp_path: Path):
+    options = ("--images", "2", "--rounds", "1", "--device", "cpu")
+    lines, content = run("evaluation", tmp_path, *options, "--size", "40,48", "--workers", "0", "1", "--profile")
+    check_common(lines, content, rounds=1, head="network")
+    assert [row["workers"] for row in content["rows"]] == [0, 1]
+    for row in content["rows"]:
+        assert row["overhead"] == pytest.approx(row["whole"] / row["forward"] - 1)
+        assert row["images_per_second"] == pytest.approx(2 / row["whole"])
+    assert content["label_size"] == [40, 48]
+    assert content["models"] == ["student_0", "student_1", "teacher_0", "teacher_1", "ensemble"]
+    assert any("convolution" in line for line in lines)
+
+    values = {
+        "model": "DeepLab", "backbone": "resnet18", "backbone_width": 8, "feature_channels": 32, "pretrained": "none",
+        "dataset": {"root": "elsewhere", "train": "all.txt", "num_classes": 3, "images": "images/{id}.png",
+                    "labels": "labels/{id}.png", "val": "all.txt"},
+    }  # fmt: skip
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(values))
+    write_dataset(tmp_path / "data", images=3, size=(36, 44), classes=3, kind="png", grain=1)
+    options = (*options, "--config", str(config), "--data-root", str(tmp_path / "data"))
+    lines, content = run("evaluation", tmp_path, *options, "--set", "dataset.resize=40,48")
+    assert [row["network"] for row in content["rows"]] == ["DeepLab"]
+    assert content["images"] == 2, "fewer than the split holds"
+    assert content["label_size"] == [36, 44], "labels count at their own size"
+
+
+def test_peak_memory_is_exact_and_knows_what_an_operation_needs_inside():
+    given = torch.ones(1000, 100)
+
+    def work() -> None:
+        one = given * 2  # 400 000 bytes
+        del one
+        two = given + 1
+        two.add_(1)
+        two.exp().sum()  # as much again
+
+    assert 800_000 <= peak_memory(work, CPU) <= 801_000
+    assert peak_memory(lambda: given.add_(1), CPU) < 1000
+
+
+def test_works_take_turns():
+    order = []
+    seconds = in_turn({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, device=CPU)
+    assert order == ["a", "b", "a", "b"]
+    assert [len(times) for times in seconds.values()] == [2, 2]
+    assert median_ratio([1, 6, 30], [1, 2, 3]) == 3
+
+
+def test_a_table_shows_what_was_not_measured():
+    assert _cell({"a": None}, Column("a", "A", ".1f")) == "-"
+    assert _cell({"a": 2048}, Column("a", "A", ".1f", 1 / 1024)) == "2.0"
