@@ -750,7 +750,7 @@ def test_a_valid_configuration_never_gives_a_loss_that_is_not_finite(config, cha
     trainer.method.train()
     streams = ("labeled", "unlabeled") if given_config.training.unlabeled.train_unlabeled else ("labeled",)
     seen: list[float] = []
-    logger = Mock(steps_per_second=lambda: 1.0)
+    logger = Mock(seconds_per_step=lambda: (1.0, 0.0))
     total_loss = trainer.method.total_loss
 
     def note(losses: dict[Any, torch.Tensor], *, step: int) -> torch.Tensor:
