@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils.errors import UserError
@@ -32,7 +34,7 @@ def training_parser(network: str) -> argparse.ArgumentParser:
         help="override a dotted key of the JSON file; may be repeated",
     )
     add("--data-root", metavar="DIR", type=_given, help="folder of the dataset, instead of the config's")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: cuda where there is one")
+    add("--device", type=_device, default="auto", help="auto (default: cuda where there is one), cpu, cuda or cuda:N")
     add(
         "--gpus",
         type=int,
@@ -191,6 +193,44 @@ def _export_ending(output: Path) -> str:
     return ending if ending in ("pt2", "onnx") and not output.is_dir() else ""
 
 
+def ablation_parser(presets: Iterable[str]) -> argparse.ArgumentParser:
+    """The command line of ablate.py."""
+    parser = _parser(
+        "Train every cell of a grid with every seed, go on after interruptions, and report: "
+        "report.md, report.html and pictures."
+    )
+    parser.epilog = "ablate.py report RUN... makes the same report from any run folders; see ablate.py report --help."
+    add = parser.add_argument
+    add("-c", "--config", type=Path, required=True, help="JSON file that all runs start from")
+    add("-n", "--name", required=True, help="name of the study; everything goes to <checkpoint_dir>/<name>")
+    add("--preset", choices=sorted(presets), help="rows that have names; paper: the ablation of the paper")
+    add(
+        "--grid",
+        metavar="KEY=V1,V2",
+        action="append",
+        default=[],
+        help="values of a dotted key; several: all combinations, with a preset each of its rows with all of them",
+    )
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every cell; default 0 1 2")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key in all runs")
+    add("--jobs", type=int, metavar="N", help="runs at a time, default 1; they share the CPU's cores")
+    add("--devices", type=_device, nargs="+", metavar="cuda:N", help="one run at a time on each of these")
+    add("--dry-run", action="store_true", help="print the runs, what is done, and an estimate of the hours; no more")
+    return parser
+
+
+def comparison_parser() -> argparse.ArgumentParser:
+    """The command line of ``ablate.py report``."""
+    parser = argparse.ArgumentParser(
+        prog="ablate.py report",
+        description="Report on any runs: rows are the settings in which they differ, with all seeds of each.",
+    )
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder with runs below it, as a study's")
+    add("--output", type=Path, metavar="DIR", help="where it goes; default: the one study's own folder, else report")
+    return parser
+
+
 def prepare_parser() -> argparse.ArgumentParser:
     """The command line of prepare_data.py."""
     parser = _parser("Fetch, describe, split and check datasets. Every command can be run again.")
@@ -288,6 +328,12 @@ def _scale(text: str) -> float:
     if not 0.1 <= scale <= 4:
         raise argparse.ArgumentTypeError(f"{text!r} is no factor from 0.1 to 4")
     return scale
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
+    return text
 
 
 def _given(text: str) -> str:

@@ -1,0 +1,240 @@
+"""A study: the rows of a grid or of a preset, each with every seed, planned as runs of the training scripts."""
+
+import argparse
+import itertools
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.config import Config, different_keys, dump_config, load_config
+from utils.errors import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "cross_teacher_deeplabv3+.py"}
+
+_CROSS, _SELF, _PEER = (f"training.unlabeled.teacher={who}" for who in ("cross", "self", "peer"))
+_NO_HIGH, _NO_LOW = (f"training.contrastive.{level}_weight=0" for level in ("high", "low"))
+
+# Preset -> label of a row -> its settings; what a row does not set is as in the configuration.
+PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "paper": {
+        "supervised": ("training.unlabeled.train_unlabeled=false",),
+        "two mean teachers": (_SELF, _NO_HIGH, _NO_LOW),
+        "cross pseudo supervision": (_PEER, _NO_HIGH, _NO_LOW),
+        "cross teacher": (_CROSS, _NO_HIGH, _NO_LOW),
+        "+ high level": (_CROSS, _NO_LOW),
+        "+ low level": (_CROSS, _NO_HIGH),
+        "full CTT": (_CROSS,),
+    }
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table: label for people, name for folders, and its ``KEY=VALUE`` settings."""
+
+    label: str
+    name: str
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run: a cell with a seed, in ``folder``. command: without the interpreter's path, as a person types it."""
+
+    cell: Cell
+    seed: int
+    folder: Path
+    config: Config
+    command: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def finished(self) -> Path | None:
+        """The run folder that holds the result of just this configuration, or None."""
+        return finished_run(self.folder, dump_config(self.config))
+
+
+@dataclass(frozen=True)
+class Study:
+    """What ``ablate.py`` was asked for. command: the same whatever the order of its options was."""
+
+    name: str
+    folder: Path
+    command: tuple[str, ...]
+    jobs: tuple[Job, ...]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return list(dict.fromkeys(job.cell for job in self.jobs))
+
+
+def plan_study(args: argparse.Namespace) -> Study:
+    """Every run of the study, its configuration checked; UserError for whatever could be known before the first."""
+    if any(setting.startswith("seed=") for setting in [*args.set, *args.grid]):
+        raise UserError("the seeds are given with --seeds, not with --set or --grid")
+    seeds = sorted(args.seeds)
+    folder = Path(load_config(args.config, overrides=args.set).utils.checkpoint_dir) / args.name
+    rows = cells(args.grid, args.preset)
+    jobs = [plan(args, cell, seed, folder) for seed in seeds for cell in rows]
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise UserError("two runs of this grid would share a folder; name each value and each seed once")
+    _refuse_equal_rows(jobs[: len(rows)])
+    _refuse_incomparable(jobs)
+    for job in jobs:
+        _refuse_foreign_runs(job)
+    command = [*script_command("ablate.py"), "--config", str(args.config), "--name", args.name]
+    command += ["--preset", args.preset] if args.preset else []
+    command += [part for axis in args.grid for part in ("--grid", axis)]
+    command += [part for setting in args.set for part in ("--set", setting)]
+    return Study(args.name, folder, (*command, "--seeds", *map(str, seeds)), tuple(jobs))
+
+
+def cells(grid: Sequence[str], preset: str | None = None) -> list[Cell]:
+    """["a.b=1,2", "c=3"] -> the cells b=1-c=3 and b=2-c=3; of a preset, each of its rows with each of them."""
+    rows = [Cell("", "", ())]
+    if preset is not None:
+        rows = [Cell(label, _slug(label), settings) for label, settings in PRESETS[preset].items()]
+    axes = [_axis(axis) for axis in grid]
+    keys = [axis[0].partition("=")[0] for axis in axes]
+    taken = {setting.partition("=")[0] for row in rows for setting in row.settings}
+    for index, key in enumerate(keys):
+        if key in keys[:index]:
+            raise UserError(f"--grid {key}: given twice; name all its values in one")
+        if key in taken:
+            raise UserError(f"--grid {key}: the preset {preset} sets this key itself")
+    found = []
+    for row, settings in itertools.product(rows, itertools.product(*axes)):
+        label = ", ".join([*([row.label] if row.label else []), *settings]) or "default"
+        short = [setting.partition("=")[0].rpartition(".")[2] + "=" + setting.partition("=")[2] for setting in settings]
+        name = re.sub(r"[^\w.=+-]", "_", "-".join([*([row.name] if row.name else []), *short]))
+        found.append(Cell(label, name, (*row.settings, *settings)))
+    return found
+
+
+def plan(args: argparse.Namespace, cell: Cell, seed: int, study: Path) -> Job:
+    """The run of a cell with a seed in the study's folder."""
+    folder = study / "-".join([*([cell.name] if cell.name else []), f"seed={seed}"])
+    settings = [*args.set, *cell.settings, f"seed={seed}", f"utils.checkpoint_dir={json.dumps(str(folder))}"]
+    config = load_config(args.config, overrides=settings)
+    command = ["python3", str(PROJECT / SCRIPTS[config.model]), "--config", str(args.config)]
+    command += ["--name", "run", "--resume", "auto", *(f"--set={setting}" for setting in settings)]
+    return Job(cell, seed, folder, config, tuple(command))
+
+
+def finished_run(folder: Path, config: dict[str, Any]) -> Path | None:
+    """The run folder below ``folder`` that holds the result of just this dumped configuration, or None."""
+    for path in sorted(folder.glob("*/result.json"), reverse=True):
+        result, trained = read_json(path), read_json(path.parent / "config.json")
+        if result is None or trained is None or "models" not in result or different_keys(trained, config):
+            continue
+        if result.get("step") == config["training"]["num_iterations"]:
+            return path.parent
+    return None
+
+
+def steps_text(study: Study) -> str:
+    """The length of the runs."""
+    return " or ".join(map(str, sorted({job.config.training.num_iterations for job in study.jobs})))
+
+
+def process_command(command: Sequence[str]) -> list[str]:
+    """The same with this Python in the place of ``python3``."""
+    return [sys.executable, *command[1:]]
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as it is typed, quoted for a shell; a script of ours by its name, if this is its folder."""
+    parts = [Path(part).name if Path(part).parent == PROJECT == Path.cwd() else part for part in command[1:2]]
+    return shlex.join([*command[:1], *parts, *command[2:]])
+
+
+def script_command(script: str) -> list[str]:
+    """Start of a command with a script of ours."""
+    return ["python3", str(PROJECT / script)]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is no file, or one that was cut off by a kill."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _axis(axis: str) -> list[str]:
+    """ "a=1,2" -> ["a=1", "a=2"]; commas within brackets and quotes belong to a value."""
+    key, equals, text = axis.partition("=")
+    values = re.findall(r'(?:\[[^\]]*\]|"[^"]*"|[^,])+', text)
+    if not equals or not key or ",".join(values) != text or not values:
+        raise UserError(f"--grid {axis}: expected KEY=V1,V2")
+    return [f"{key}={value}" for value in values]
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"\W+", "_", label).strip("_")
+
+
+def _refuse_equal_rows(jobs: Sequence[Job]) -> None:
+    """UserError if two cells are one configuration: their labels would promise a difference that is not there."""
+    seen: dict[str, str] = {}
+    for job in jobs:
+        values = dump_config(job.config)
+        values["utils"].pop("checkpoint_dir")
+        same = seen.setdefault(json.dumps(values, sort_keys=True), job.cell.label)
+        if same != job.cell.label:
+            raise UserError(
+                f'"{same}" and "{job.cell.label}" would be the same configuration; a preset needs one in which its '
+                "terms are on, a grid values that differ"
+            )
+
+
+def _refuse_incomparable(jobs: Sequence[Job]) -> None:
+    """UserError for runs whose results could not share a table, before hours are spent on them."""
+    first, *others = jobs
+    for job in others:
+        known = _what_is_compared(first.config)
+        for key, value in _what_is_compared(job.config).items():
+            if value != known[key]:
+                raise UserError(
+                    f"results could not share a table: {key} is {known[key]} in {first.name}, {value} in {job.name}"
+                )
+
+
+def _what_is_compared(config: Config) -> dict[str, Any]:
+    """What must be the same in all runs, as far as a configuration tells."""
+    block, data = config.data, config.training.data
+    draws = block.labeled is None and data.labeled_samples is not None
+    drawn = (
+        "" if data.split_id_list is not None else f" that seed {config.seed} draws (set training.data.split_id_list)"
+    )
+    return {
+        "training.num_iterations": config.training.num_iterations,
+        "utils.val_protocol": config.utils.val_protocol,
+        "dataset": block.name,
+        "dataset.val": block.val,
+        "the list of labeled images": f"split {data.split_id_list}{drawn}" if draws else block.labeled or block.train,
+        "training.data.labeled_samples": data.labeled_samples,
+    }
+
+
+def _refuse_foreign_runs(job: Job) -> None:
+    """UserError if the folder's checkpoints are of another configuration: the run could not continue from them."""
+    if job.finished() is not None:
+        return
+    for path in sorted(job.folder.glob("*/config.json")):
+        trained = read_json(path)
+        if trained is None or not any(path.parent.glob("checkpoint*.pth")):
+            continue
+        different = different_keys(trained, dump_config(job.config))
+        if different:
+            rows = "".join(f"\n       {key}: {old} there, {new} here" for key, (old, new) in different.items())
+            raise UserError(f"{path.parent} is a run of another configuration; choose another --name:{rows}")

@@ -1,0 +1,282 @@
+"""The report of a study: the same tables as Markdown beside pictures, and as one page that needs nothing else."""
+
+import shlex
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from utils.study_figures import Picture, draw_pictures
+from utils.study_results import Record, Results, Row
+from utils.study_run import write_whole
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are plain text. The first column names the row; ``numbers``: the others are numbers."""
+
+    title: str
+    note: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: bool = True
+
+
+@dataclass(frozen=True)
+class Commands:
+    """The commands that made the runs, each after what it is."""
+
+    title: str
+    commands: Sequence[tuple[str, str]]
+
+
+def write_report(results: Results, folder: Path) -> str:
+    """report.md, report.html and the pictures; the text of report.md. The same results give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = draw_pictures(results)
+    for name, picture in pictures.items():
+        write_whole(folder / f"{name}.png", picture.png)
+    text = as_markdown(results, pictures)
+    write_whole(folder / "report.md", text.encode())
+    write_whole(folder / "report.html", as_html(results, pictures).encode())
+    return text
+
+
+def tables(results: Results) -> list[Table]:
+    """All tables, in the order of the report."""
+    found = [_main_table(results), _class_table(results), _runs_table(results), _cost_table(results)]
+    return [table for table in found if table.rows]
+
+
+def results_text(results: Results) -> str:
+    """The main table for a terminal, with what is missing from it."""
+    table, warning = _main_table(results), _warning(results)
+    lines = [table.head, *table.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.head))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([_facts(results), "", *rows, *(["", warning] if warning else [])])
+
+
+def _main_table(results: Results) -> Table:
+    seeds = sorted({record.seed for record in results.records})
+    named = f"each seed ({', '.join(map(str, seeds))})" if len(seeds) > 1 else f"seed {seeds[0]}"
+    head = ["setting", "ensemble, mIoU %", "one student, mIoU %", "difference"]
+    rows = []
+    for index, row in enumerate(results.rows):
+        difference = _difference(row, results.rows[0]) if index else "-"
+        each = [_each(row, what, seeds) for what in ("ensemble", "student")]
+        rows.append([row.label, spread(row.ensemble), spread(row.student), difference, *each])
+    note = (
+        "Mean ± sample standard deviation over seeds, last checkpoint, never the best one. One student: the mean of "
+        "both. Difference: of the ensemble to the first row, the mean of the differences of runs with the same seed."
+    )
+    return Table("Results", note, [*head, f"ensemble, {named}", f"one student, {named}"], rows)
+
+
+def _class_table(results: Results) -> Table:
+    rows = [[label, *(_number(row.class_iou(label), ".1f") for row in results.rows)] for label in results.class_names]
+    note = "Of the ensemble in percent, mean over seeds; - where a class is in no label and no prediction."
+    return Table("IoU of each class", note, ["class", *(row.label for row in results.rows)], rows)
+
+
+def _runs_table(results: Results) -> Table:
+    rows = [[record.label, str(record.seed), record.state, record.name] for record in results.records]
+    return Table("Runs", "", ["setting", "seed", "state", "folder"], rows, numbers=False)
+
+
+def _cost_table(results: Results) -> Table:
+    rows = [
+        [
+            record.label,
+            str(record.seed),
+            _number(record.seconds_per_step(), ".3f"),
+            _number(record.hours(), ".2f"),
+            _number(record.memory(), ".2f"),
+        ]
+        for record in results.records
+        if record.result is not None
+    ]
+    note = (
+        "Hours: the median of the logged seconds a step, times the number of steps. GiB: the largest memory logged. "
+        "- where the log does not say."
+    )
+    return Table("Time and memory", note, ["setting", "seed", "seconds a step", "hours", "GiB"], rows)
+
+
+def _commands(results: Results) -> Commands:
+    runs = [(f"{record.label}, seed {record.seed}", record.command) for record in results.records]
+    return Commands("Commands", [("this report", results.command), *runs])
+
+
+def _warning(results: Results) -> str:
+    """What is not in the numbers; empty if nothing is missing."""
+    if not results.missing:
+        return ""
+    missing = ", ".join(
+        f"{record.label} with seed {record.seed} ({record.state.partition(':')[0]})" for record in results.missing
+    )
+    return f"{len(results.missing)} of {len(results.records)} runs are not in the numbers: {missing}."
+
+
+def _facts(results: Results) -> str:
+    return ", ".join(f"{key} {value}" for key, value in results.facts.items())
+
+
+# ------------------------------------------------------------------------------------------------ Markdown
+
+
+def as_markdown(results: Results, pictures: dict[str, Picture]) -> str:
+    """The report as GitHub shows it; pictures are files beside it."""
+    parts = [f"# {_plain(results.title)}", f"`{results.command}`", _plain(_facts(results)), _plain(_warning(results))]
+    for table in tables(results):
+        parts += [f"## {table.title}", table.note, _markdown_table(table)]
+        if table.title == "Results":
+            parts += [f"![{picture.title}]({name}.png)" for name, picture in pictures.items()]
+    listed = _commands(results)
+    parts += [
+        f"## {listed.title}",
+        "\n".join(f"# {what}\n{command}\n" for what, command in listed.commands).join(("```\n", "```")),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    return "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return text.replace("*", "\\*").replace("`", "\\`")
+
+
+# ------------------------------------------------------------------------------------------------ HTML
+
+CSS = """
+:root { color-scheme: light dark; --page: #fff; --ink: #1d2228; --soft: #5b6570; --line: #d5dae0; --band: #f3f5f7;
+  --warn: #fff3d6; }
+@media (prefers-color-scheme: dark) { :root { --page: #15181c; --ink: #e4e8ec; --soft: #9aa5b0; --line: #353c44;
+  --band: #1e2328; --warn: #41351a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 1100px; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+p { margin: .4rem 0 .8rem; max-width: 75ch; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
+.warning { background: var(--warn); padding: .6rem .8rem; border-radius: 6px; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+thead th { vertical-align: bottom; text-wrap: balance; border-bottom: 2px solid var(--line); }
+tbody th { font-weight: 500; min-width: 9rem; overflow-wrap: anywhere; }
+tbody tr:nth-child(even) { background: var(--band); }
+table.numbers th + th, table.numbers td { text-align: right; }
+table.numbers td { white-space: nowrap; }
+table.numbers td.list { white-space: normal; min-width: 11rem; text-wrap: balance; }
+figure { margin: 1rem 0 1.6rem; max-width: 760px; }
+svg.picture { display: block; width: 100%; height: auto; color: var(--ink); }
+dl { display: flex; flex-wrap: wrap; gap: .5rem 1.8rem; margin: .8rem 0; font-size: .9rem; }
+dt { color: var(--soft); font-size: .8rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
+pre { margin: .2rem 0 .9rem; padding: .6rem .8rem; background: var(--band); border-radius: 6px; font-size: .8rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+pre span { display: inline-block; max-width: 100%; }
+@media (max-width: 600px) { table { font-size: .8rem; } th, td { padding: .25rem .4rem; }
+  tbody th { min-width: 6rem; } td.list { min-width: 9rem; } }
+"""
+
+
+def as_html(results: Results, pictures: dict[str, Picture]) -> str:
+    """One page with everything in it; nothing is fetched from anywhere."""
+    title = escape(results.title)
+    facts = "".join(
+        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in results.facts.items()
+    )
+    warning = _warning(results)
+    body = [f"<h1>{title}</h1>", f"<dl>{facts}</dl>" if facts else ""]
+    body += [f'<p class="warning">{escape(warning)}</p>'] if warning else []
+    for table in tables(results):
+        body.append(_html_table(table))
+        body += [_html_figure(picture) for picture in pictures.values()] if table.title == "Results" else []
+    listed = _commands(results)
+    body.append(f"<h2>{listed.title}</h2>")
+    body += [
+        f'<div class="soft">{escape(what)}</div><pre>{_html_command(command)}</pre>'
+        for what, command in listed.commands
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(filter(None, body))
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
+    rows = []
+    for first, *others in table.rows:
+        cells = "".join(f"<td{_css_class(cell)}>{escape(cell)}</td>" for cell in others)
+        rows.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
+    note = f'<p class="soft">{escape(table.note)}</p>\n' if table.note else ""
+    kind = ' class="numbers"' if table.numbers else ""
+    body = "\n".join(rows)
+    return (
+        f'<h2>{escape(table.title)}</h2>\n{note}<div class="wide" tabindex="0">'
+        f"<table{kind}>\n<thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
+
+
+def _html_command(command: str) -> str:
+    """A command that is broken into lines between its arguments, as long as they are not longer than a line."""
+    return " ".join(f"<span>{escape(shlex.quote(part))}</span>" for part in shlex.split(command))
+
+
+def _css_class(cell: str) -> str:
+    """Cells that hold a list may be broken into lines, but not into single words."""
+    return ' class="list"' if ", " in cell else ""
+
+
+def _html_figure(picture: Picture) -> str:
+    caption = f"<figcaption>{escape(picture.title)}</figcaption>"
+    return f'<figure><div class="wide" tabindex="0">{picture.svg}</div>{caption}</figure>'
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation; of one value itself."""
+    if not values:
+        return "no result"
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _difference(row: Row, reference: Row) -> str:
+    """+7.2; with the number of seeds where not all finished runs have a partner."""
+    found = row.differences(reference)
+    if not found:
+        return "-"
+    partners = "" if len(found) == len(row.done) else f" ({len(found)} of {len(row.done)} seeds)"
+    return f"{statistics.mean(found.values()):+.1f}{partners}"
+
+
+def _each(row: Row, what: str, seeds: Sequence[int]) -> str:
+    """Every seed's number, or why there is none."""
+    records = {record.seed: record for record in row.records}
+    return ", ".join(_score(records.get(seed), what) for seed in seeds)
+
+
+def _score(record: Record | None, what: str) -> str:
+    if record is None:
+        return "-"
+    return record.state.partition(",")[0] if record.result is None else f"{getattr(record, what):.1f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

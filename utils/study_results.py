@@ -1,0 +1,290 @@
+"""What the runs of a study found: read from their folders, checked to be comparable, counted by rows."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from utils.config import different_keys
+from utils.errors import UserError
+from utils.study import PROJECT, SCRIPTS, finished_run, read_json, shown
+
+COMPARED = ("dataset", "split", "split hash", "labeled", "labeled hash", "protocol", "step", "commit")
+FACTS = ("dataset", "split", "split hash", "images", "labeled", "labeled hash", "protocol", "step", "commit", "torch")
+TERMS = ("supervised", "cross_teacher", "high_level", "low_level")
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One run. state: "done", or in words how far it came. result: of the finished run alone."""
+
+    label: str
+    seed: int
+    name: str
+    command: str
+    state: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] | None = None
+    log: Sequence[Mapping[str, Any]] = ()
+
+    def score(self, *models: str) -> float:
+        """mIoU in percent, the mean of ``models``."""
+        assert self.result is not None
+        return 100 * statistics.mean(self.result["models"][model]["mean_iou"] for model in models)
+
+    @property
+    def ensemble(self) -> float:
+        return self.score("ensemble")
+
+    @property
+    def student(self) -> float:
+        return self.score("student_0", "student_1")
+
+    def seconds_per_step(self) -> float | None:
+        """The median of what was logged, None where nothing was."""
+        found = self._logged("seconds_per_step")
+        return statistics.median(found) if found else None
+
+    def hours(self) -> float | None:
+        """Of the whole run at its median speed."""
+        seconds = self.seconds_per_step()
+        return None if seconds is None or self.result is None else seconds * self.result["step"] / 3600
+
+    def memory(self) -> float | None:
+        """The largest number of GiB that was logged, None where none was."""
+        return max(self._logged("memory_gib"), default=None)
+
+    def curve(self, *keys: str) -> dict[int, float]:
+        """Step -> mean of what was logged under ``keys``."""
+        lines = ((line["step"], [line[key] for key in keys if _is_number(line.get(key))]) for line in self.log)
+        return {step: statistics.mean(values) for step, values in lines if values}
+
+    def _logged(self, key: str) -> list[float]:
+        return [line[key] for line in self.log if _is_number(line.get(key))]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A row of the table: the runs of one setting, a seed each."""
+
+    label: str
+    records: Sequence[Record]
+
+    @property
+    def done(self) -> list[Record]:
+        return [record for record in self.records if record.result is not None]
+
+    @property
+    def ensemble(self) -> list[float]:
+        return [record.ensemble for record in self.done]
+
+    @property
+    def student(self) -> list[float]:
+        return [record.student for record in self.done]
+
+    def differences(self, reference: "Row") -> dict[int, float]:
+        """Seed -> the ensemble's mIoU less that of the other row's run of the same seed."""
+        theirs = {record.seed: record.ensemble for record in reference.done}
+        return {r.seed: r.ensemble - theirs[r.seed] for r in self.done if r.seed in theirs}
+
+    def class_iou(self, label: str) -> float | None:
+        """The ensemble's IoU of a class in percent, mean over the seeds; None where it is absent."""
+        found = [record.result["models"]["ensemble"]["iou"].get(label) for record in self.done if record.result]
+        present = [100 * value for value in found if value is not None]
+        return statistics.mean(present) if present else None
+
+    def curve(self, *keys: str) -> dict[int, list[float]]:
+        """Step -> a value of each finished run that logged one there."""
+        merged: dict[int, list[float]] = {}
+        for record in self.done:
+            for step, value in record.curve(*keys).items():
+                merged.setdefault(step, []).append(value)
+        return dict(sorted(merged.items()))
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report tells. facts: what all finished runs have in common."""
+
+    title: str
+    command: str
+    rows: Sequence[Row]
+    facts: Mapping[str, Any]
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for row in self.rows for record in row.records]
+
+    @property
+    def missing(self) -> list[Record]:
+        return [record for record in self.records if record.result is None]
+
+    @property
+    def class_names(self) -> list[str]:
+        results = [record.result for record in self.records if record.result is not None]
+        return list(dict.fromkeys(label for result in results for label in result["models"]["ensemble"]["iou"]))
+
+
+def results_of_study(folder: Path) -> Results:
+    """Of every run that the study's last ``ablate.py`` planned, whether it was started or not."""
+    planned = read_json(folder / "study.json")
+    if planned is None:
+        raise UserError(f"{folder}: no study; its study.json is missing or damaged")
+    records = [_planned(folder / name, name) for name in planned["jobs"]]
+    labels = list(dict.fromkeys(record.label for record in records))
+    return _results(planned["name"], planned["command"], labels, records)
+
+
+def results_of_folders(folders: Sequence[Path], command: Sequence[str]) -> Results:
+    """Of any run folders; one that is none stands for all runs below it. Rows are what differs but for the seed.
+
+    UserError where there is no run, or a setting has two runs of one seed.
+    """
+    if len(folders) == 1 and (folders[0] / "study.json").is_file():
+        return results_of_study(folders[0])
+    records = {record.name: record for folder in folders for record in _records_below(folder)}
+    groups: list[list[Record]] = []
+    for record in records.values():
+        group = next((one for one in groups if not _settings_differ(one[0], record)), None)
+        if group is None:
+            groups.append([record])
+            continue
+        same = next((one for one in group if one.seed == record.seed), None)
+        if same is not None:
+            raise UserError(f"{same.name} and {record.name} are the same setting and seed; leave one out")
+        group.append(record)
+    labels = _labels(groups)
+    named = [
+        replace(record, label=label)
+        for label, group in zip(labels, groups, strict=True)
+        for record in sorted(group, key=lambda one: one.seed)
+    ]
+    return _results("comparison", shown(command), labels, named)
+
+
+def refuse_mixing(records: Iterable[Record]) -> None:
+    """UserError if finished runs were not made and measured alike, naming what differs and in which runs."""
+    problems = []
+    for key in COMPARED:
+        runs: dict[str, list[str]] = {}
+        for record in records:
+            if record.result is not None:
+                runs.setdefault(str(record.result.get(key, "not recorded")), []).append(record.name)
+        if len(runs) > 1:
+            told = (f"{value} ({', '.join(names[:4])}{', ...' * (len(names) > 4)})" for value, names in runs.items())
+            problems.append(f"\n       {key} is {' and '.join(told)}")
+    if problems:
+        raise UserError("these runs cannot share a table:" + "".join(problems))
+
+
+def _results(title: str, command: str, labels: Sequence[str], records: Sequence[Record]) -> Results:
+    refuse_mixing(records)
+    done = [record.result for record in records if record.result is not None]
+    facts: dict[str, str] = {}
+    for key in FACTS:
+        values = list(dict.fromkeys(str(result[key]) for result in done if key in result))
+        facts |= {key: " and ".join(sorted(values))} if values else {}
+    rows = [Row(label, [record for record in records if record.label == label]) for label in labels]
+    return Results(title, command, rows, facts)
+
+
+def _planned(job: Path, name: str) -> Record:
+    """The run that ``ablate.py`` planned in a folder: the finished one, else the newest begun, else none yet."""
+    about = read_json(job / "job.json")
+    if about is None:
+        raise UserError(f"{job / 'job.json'} is missing or damaged; start the study again, finished runs are kept")
+    config = about["config"]
+    begun = [path.parent for path in job.glob("*/config.json")]
+    newest = max(begun, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
+    folder = finished_run(job, config) or newest
+    read = _read(folder, config) if folder is not None else {"state": "not started"}
+    if failure := _failure(job) if read["state"] != "done" else None:
+        read["state"] = failure
+    return Record(about["label"], about["seed"], name, about["command"], config=config, **read)
+
+
+def _alone(folder: Path) -> Record:
+    """A run by its folder alone."""
+    config = read_json(folder / "config.json")
+    if config is None or "training" not in config or "seed" not in config:
+        raise UserError(f"{folder / 'config.json'} is not the configuration of a run")
+    script = str(PROJECT / SCRIPTS.get(config.get("model", ""), SCRIPTS["DeepLab"]))
+    again = ["python3", script, "--config", str(folder / "config.json"), "--name", "again"]
+    return Record("", config["seed"], str(folder), shown(again), config=config, **_read(folder, config))
+
+
+def _read(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """State, result and log of a run folder."""
+    steps, log, result = config["training"]["num_iterations"], _read_log(folder / "log.jsonl"), None
+    if finished := read_json(folder / "result.json"):
+        result = finished if finished.get("step") == steps and "models" in finished else None
+    at = f"unfinished, step {log[-1]['step']} of {steps}" if log else "unfinished, nothing logged yet"
+    return {"state": "done" if result else at, "result": result, "log": log}
+
+
+def _failure(job: Path) -> str | None:
+    failed = read_json(job / "failed.json")
+    return f"failed, exit status {failed['status']}: {failed['message']}" if failed else None
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of log.jsonl, without one that was cut off by a kill."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and value == value
+
+
+def _records_below(folder: Path) -> list[Record]:
+    """The folder's run; if it is no run's, all planned or begun below it."""
+    if (folder / "job.json").is_file():
+        return [_planned(folder, str(folder))]
+    if (folder / "config.json").is_file():
+        in_study = (folder.parent / "job.json").is_file()
+        return [_planned(folder.parent, str(folder.parent)) if in_study else _alone(folder)]
+    if study := read_json(folder / "study.json"):
+        return [_planned(folder / name, str(folder / name)) for name in study["jobs"]]
+    below = sorted(path.parent for path in folder.glob("**/config.json")) if folder.is_dir() else []
+    if not below:
+        raise UserError(f"{folder}: no run folder, and none below it; a run folder has a config.json")
+    return [record for path in below for record in _records_below(path)]
+
+
+def _settings_differ(one: Record, other: Record) -> dict[str, Any]:
+    """The keys in which two runs differ, but for the seed."""
+    found = different_keys(dict(one.config), dict(other.config))
+    found.pop("seed", None)
+    return found
+
+
+def _labels(groups: Sequence[Sequence[Record]]) -> list[str]:
+    """What ``ablate.py`` called the groups, if that tells all of them apart; else the keys in which they differ."""
+    given = [{record.label for record in group} for group in groups]
+    names = [next(iter(labels)) for labels in given]
+    if all(len(labels) == 1 for labels in given) and all(names) and len(set(names)) == len(names):
+        return names
+    varied: dict[str, list[str]] = {}
+    for group in groups[1:]:
+        for key in _settings_differ(groups[0][0], group[0]):
+            varied[key] = [_value(one[0].config, key) for one in groups]
+    if not varied:
+        return ["default" for _ in groups]
+    return [", ".join(f"{key}={values[index]}" for key, values in varied.items()) for index in range(len(groups))]
+
+
+def _value(config: Mapping[str, Any], key: str) -> str:
+    block: Any = config
+    for part in key.split("."):
+        block = block.get(part) if isinstance(block, Mapping) else None
+    return block if isinstance(block, str) else json.dumps(block)
