@@ -179,6 +179,10 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 # ------------------------------------------------------------------------------------------------ planning
 
 
+def test_the_script_only_wires():
+    assert len((PROJECT / "ablate.py").read_text().splitlines()) <= 90
+
+
 def test_a_grid_is_the_product_of_its_values_and_commas_in_brackets_are_part_of_one():
     found = cells(["a.b=1,2", 'c=["x","y"],"3,4"'])
     assert [cell.settings for cell in found] == [
@@ -484,6 +488,7 @@ def ablate(stand_in: Path | None, *arguments: object, **environment: str) -> sub
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -544,7 +549,7 @@ def test_a_first_signal_reaches_each_run_once_and_the_same_command_goes_on(tmp_p
     for number in (signal.SIGINT, signal.SIGTERM):
         process = ablate(stand_in, "-c", config, *GRID, "--jobs", "2", HOLD=str(config))
         wait_for(study, "*/*/begun", 2)
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as a terminal does
         status, output, errors = ends(process)
         assert status == 128 + number, errors
         assert output.count("saved ") == 2

@@ -70,7 +70,8 @@ class Runner:
         def note(number: int, _: Any) -> None:
             self._signals.append(number)
 
-        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        heard = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup
+        previous = {number: signal.signal(number, note) for number in heard}
         try:
             yield
         finally:
