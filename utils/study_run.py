@@ -85,7 +85,7 @@ class Runner:
             if self.stop_signal is None:
                 self.stop_signal = number
                 self.say(
-                    f"signal {number}: {len(self._running)} runs finish their step and save; a second one ends them"
+                    f"signal {number}: finishing a step and saving, runs: {len(self._running)}; a second one ends them"
                 )
             self._passed_on.add(number)
             for one in self._running:
