@@ -35,6 +35,7 @@ def train(args: Namespace, config: Config, here: "World") -> int:
     from utils.evaluate import Evaluation, evaluate
     from utils.inference import inference_for
     from utils.logger import print_result
+    from utils.rehearsal import rehearse
     from utils.run import code_version, start_run
     from utils.trainer import Trainer, build_optimizer
     from utils.visualize import save_pictures
@@ -45,19 +46,15 @@ def train(args: Namespace, config: Config, here: "World") -> int:
     facts = files.about_labeled()
     with one_after_another(here):  # one downloads the weights, the others find them
         students = build_students(config)
-    run = start_run(config, name=args.name, resume=args.resume, device=args.device, here=here)
+    run = start_run(config, name=args.name, resume=args.resume, device=args.device, here=here, dry=args.dry_run)
     method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled"))).to(run.device)
     about = files.about("val") | facts | {"protocol": protocol, "seed": config.seed, "commit": code_version()}
 
-    def validate(step: int) -> Evaluation:
-        return evaluate(
-            method.models(),
-            evaluation_loader(files, "val", protocol=protocol, here=here),
-            class_names=files.block.class_names,
-            device=run.device,
-            inference=inference_for(config, protocol),
-            about=about | {"step": step},
-        )
+    def validate(step: int, *, first: int | None = None) -> Evaluation:
+        loader = evaluation_loader(files, "val", protocol=protocol, here=here, first=first)
+        how, names = inference_for(config, protocol), files.block.class_names
+        told = about | {"step": step}
+        return evaluate(method.models(), loader, class_names=names, device=run.device, inference=how, about=told)
 
     def picture(path: Path, step: int) -> list[Path]:
         batch = preview_batch(files).to(run.device)
@@ -77,6 +74,8 @@ def train(args: Namespace, config: Config, here: "World") -> int:
         images_folder=args.save_images,
         here=here,
     )
+    if args.dry_run:
+        return rehearse(trainer, images=len(files.ids("val")), evaluate_first=lambda count: validate(0, first=count))
     evaluation = trainer.fit()
     if evaluation is not None and here.is_first:
         last = run.folder / "checkpoint.pth"

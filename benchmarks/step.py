@@ -2,22 +2,22 @@
 
 A step is all that the trainer does with one batch: both contrastive terms are active and the banks are full; images
 are random and already in memory. "networks" is the networks' own work in such a step: the students' passes forward
-and backward, the teachers' forward. The settings take turns, round by round; medians are reported.
+and backward, the teachers' forward. "of a matrix product" compares the step's floating point operations per second
+with those of one large matrix product in the same precision. Memory is the most that tensors of a step need at once,
+weights, optimizer and banks included. The settings take turns, round by round.
 
 Under torchrun the processes share each batch, as in training; benchmarks/scaling.py compares their numbers.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import Column, Row, add_device, in_turn, median_ratio, parser, peak_memory, report, start
 from model import CrossTeacher, build_networks
 from model.teacher import predict_frozen
 from utils.batch import Batch
@@ -25,49 +25,64 @@ from utils.config import Config, check_config, parse_size
 from utils.distributed import World, part_size, process_group
 from utils.errors import run_script
 from utils.logger import RunLogger
-from utils.run import Run, choose_device, code_version
-from utils.speed import autocast
+from utils.run import Run, choose_device
+from utils.speed import PRECISIONS, autocast
 from utils.trainer import Trainer, build_optimizer
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, object]] = {
     "fp32": {},
     "tf32": {"precision": "tf32"},
     "fp32 channels-last": {"channels_last": True},
+    "fp32 recomputed": {"checkpoint_activations": True},
     "bf16": {"precision": "bf16"},
     "bf16 channels-last": {"precision": "bf16", "channels_last": True},
-    "fp16 channels-last": {"precision": "fp16", "channels_last": True},
-    "fp32 recomputed": {"checkpoint_activations": True},
     "bf16 channels-last recomputed": {"precision": "bf16", "channels_last": True, "checkpoint_activations": True},
     "bf16 channels-last compiled": {"precision": "bf16", "channels_last": True, "compile": True},
+    "fp16 channels-last": {"precision": "fp16", "channels_last": True},
 }
+COLUMNS = (
+    Column("setting", "setting"),
+    Column("seconds", "s/step", ".3f"),
+    Column("images_per_second", "images/s", ".2f"),
+    Column("speed", "x first", ".2f"),
+    Column("beside_networks", "beside the networks %", ".1f", 100),
+    Column("teraflops", "TFLOP/s", ".2f"),
+    Column("of_product", "of a matrix product %", ".0f", 100),
+    Column("gib", "GiB", ".2f"),
+)
+LARGE = {"cuda": 8192, "cpu": 2048}  # sides of the matrices
 
 
 def main() -> int:
     args = parse_args()
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    start(args)
     with tempfile.TemporaryDirectory() as folder, process_group(args.device, timeout=600) as here:
         device = choose_device(args.device, here)
         benches = {
-            name: Bench(args, SETTINGS[name], device, Path(folder) / str(i), here)
-            for i, name in enumerate(args.settings)
+            name: Bench(args, SETTINGS[name], device, Path(folder) / f"{here.rank}_{index}", here)
+            for index, name in enumerate(args.settings)
         }
-        for bench in benches.values():  # not measured: first steps allocate and compile
-            bench.step()
-            bench.networks()
-        seconds: dict[str, dict[str, list[float]]] = {name: {"step": [], "networks": []} for name in benches}
-        for _ in range(args.rounds):
-            for name, bench in benches.items():
-                seconds[name]["step"].append(timed(bench.step, device))
-                seconds[name]["networks"].append(timed(bench.networks, device))
-        memory = {name: bench.peak_memory() for name, bench in benches.items()} if device.type == "cuda" else {}
+        works = {(name, what): getattr(bench, what) for name, bench in benches.items() for what in Bench.MEASURED}
+        for work in works.values():  # not measured: first steps allocate and compile
+            work()
+        seconds = in_turn(works, rounds=args.rounds, device=device)
+        flops, gib = {}, {}
+        for name, bench in benches.items():
+            gib[name] = None if args.no_memory else bench.held() + peak_memory(bench.step, device) / 2**30
+            with FlopCounterMode(display=False) as counter:
+                bench.step()
+            flops[name] = counter.get_total_flops()
         if here.is_first:
-            report(args, seconds, memory, here)
+            title = f"{args.model} {args.backbone}, {args.size}, batch {args.batch}+{args.batch}"
+            title += f", {here.size} processes" if here.size > 1 else ""
+            rows = table(args, seconds, flops, gib, 2 * LARGE[device.type] ** 3)
+            report(args, title, COLUMNS, rows, device=device, processes=here.size)
     return 0
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    made = parser(__doc__, rounds=5)
+    add = made.add_argument
     add("--model", choices=("DeepLab", "DeepLabv3+"), default="DeepLab")
     add("--backbone", default="resnet101")
     add("--size", default="321,321", help='"h,w" of the crops, default 321,321')
@@ -76,15 +91,35 @@ def parse_args() -> argparse.Namespace:
     add("--classes", type=int, default=21)
     add("--settings", nargs="+", choices=SETTINGS, default=["fp32", "bf16 channels-last"], metavar="SETTING",
         help=f"the first is the baseline; any of: {', '.join(SETTINGS)}")  # fmt: skip
-    add("--rounds", type=int, default=5)
-    add("--threads", type=int, help="default: torch's")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
-    return parser.parse_args()
+    add("--no-memory", action="store_true", help="leave out the memory: on a CPU it takes a long step to find")
+    add_device(made)
+    return made.parse_args()
+
+
+def table(
+    args: argparse.Namespace,
+    seconds: dict[tuple[str, str], list[float]],
+    flops: dict[str, int],
+    gib: dict[str, float | None],
+    product_flops: int,
+) -> list[Row]:
+    rows, first = [], seconds[args.settings[0], "step"]
+    for name in args.settings:
+        steps = seconds[name, "step"]
+        step, product = statistics.median(steps), statistics.median(seconds[name, "product"])
+        speed, beside = flops[name] / step, 1 - median_ratio(seconds[name, "networks"], steps)
+        # Ratios of neighbours in time, because a shared machine's speed changes from minute to minute.
+        row = {"setting": name, "seconds": step, "images_per_second": 2 * args.batch / step,
+               "speed": median_ratio(first, steps), "beside_networks": beside,
+               "teraflops": speed / 1e12, "of_product": speed * product / product_flops, "gib": gib[name]}  # fmt: skip
+        rows.append(row)
+    return rows
 
 
 class Bench:
     """A trainer of one setting, and the networks' share of its work."""
+
+    MEASURED = ("step", "networks", "product")
 
     def __init__(
         self, args: argparse.Namespace, setting: dict[str, object], device: torch.device, folder: Path, here: World
@@ -92,7 +127,8 @@ class Bench:
         folder.mkdir()
         self.config, self.device = make_config(args, setting), device
         self.method = CrossTeacher(build_networks(self.config), self.config, labeled_samples=args.batch).to(device)
-        fill_banks(self.method)
+        for bank in self.method.banks:
+            bank.pretend_full()
         self.trainer = Trainer(
             self.method,
             build_optimizer(self.method.students, self.config),
@@ -100,12 +136,15 @@ class Bench:
             Run(folder, device),
             config=self.config,
             evaluate=lambda step: None,  # type: ignore[arg-type, return-value]
-            picture=lambda path, step: None,
+            picture=lambda path, step: [],
             facts={},
             here=here,
         )
         self.logger = RunLogger(folder, first_step=0, total_steps=10**6, tensorboard=False, silent=True)
         self.batches = make_batches(args, self.config, part_size(self.config, here))
+        side = LARGE[device.type]
+        dtype = PRECISIONS.get(self.config.training.precision, torch.float32)
+        self.factors = [torch.randn(side, side, device=device).to(dtype) for _ in range(2)]
 
     def step(self) -> None:
         self.trainer._train_one(self.logger, [self.batches])
@@ -123,12 +162,15 @@ class Bench:
             for teacher in self.method.teachers:
                 predict_frozen(teacher.network, labeled, norm=teacher.norm)
 
-    def peak_memory(self) -> float:
-        """GiB of one step on a GPU, beside the other settings' weights."""
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        self.step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    def product(self) -> None:
+        self.factors[0] @ self.factors[1]
+
+    def held(self) -> float:
+        """GiB that the method and its optimizer hold between two steps."""
+        tensors = [*self.method.parameters(), *self.method.buffers()]
+        tensors += [value for state in self.trainer.optimizer.state.values() for value in state.values()
+                    if isinstance(value, torch.Tensor)]  # fmt: skip
+        return sum(tensor.nbytes for tensor in tensors) / 2**30
 
 
 def make_config(args: argparse.Namespace, setting: dict[str, object]) -> Config:
@@ -143,13 +185,6 @@ def make_config(args: argparse.Namespace, setting: dict[str, object]) -> Config:
     return check_config(values, source="benchmark")
 
 
-def fill_banks(method: CrossTeacher) -> None:
-    for bank in method.banks:
-        bank.entries.copy_(torch.randn_like(bank.entries))
-        bank.counts.fill_(bank.entries.shape[1])
-        bank.seen.fill_(True)
-
-
 def make_batches(args: argparse.Namespace, config: Config, batch: int) -> tuple[Batch, Batch]:
     height, width = parse_size(args.size)
     generator = torch.Generator().manual_seed(0)
@@ -161,45 +196,6 @@ def make_batches(args: argparse.Namespace, config: Config, batch: int) -> tuple[
         Batch(images[:batch], labels, valid, names),
         Batch(images[batch:], torch.full_like(labels, config.ignore_label), valid, names),
     )
-
-
-def timed(work: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def report(
-    args: argparse.Namespace, seconds: dict[str, dict[str, list[float]]], memory: dict[str, float], here: World
-) -> None:
-    where = torch.cuda.get_device_name() if memory else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    where += f", {here.size} processes" if here.size > 1 else ""
-    print(f"{args.model} {args.backbone}, {args.size}, batch {args.batch}+{args.batch}, {where}")
-    print(f"torch {torch.__version__}, commit {code_version()}, medians of {args.rounds} rounds")
-    print(f"{'setting':<30}{'s/step':>9}{'images/s':>10}{'x first':>9}{'beside the networks':>21}{'GiB':>7}")
-    rows, first = [], statistics.median(next(iter(seconds.values()))["step"])
-    for name, times in seconds.items():
-        step = statistics.median(times["step"])
-        # Of neighbours in time, because a shared machine's speed changes from minute to minute.
-        beside = statistics.median(1 - b / a for a, b in zip(times["step"], times["networks"], strict=True))
-        row = {"setting": name, "seconds": step, "images_per_second": 2 * args.batch / step, "speed": first / step,
-               "beside_networks": beside, "gib": memory.get(name)}  # fmt: skip
-        rows.append(row)
-        gib = f"{memory[name]:>7.1f}" if memory else f"{'-':>7}"
-        print(f"{name:<30}{step:>9.3f}{2 * args.batch / step:>10.2f}{first / step:>9.2f}{100 * beside:>19.1f} %{gib}")
-    if args.json:
-        about = {key: value for key, value in vars(args).items() if key != "json"}
-        content = {
-            **about,
-            "where": where,
-            "processes": here.size,
-            "torch": torch.__version__,
-            "commit": code_version(),
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

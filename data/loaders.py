@@ -229,14 +229,23 @@ def loading_processes(config: Config, here: World) -> int:
 
 
 def evaluation_loader(
-    files: DatasetFiles, split: str, *, protocol: str, batch_size: int = 8, here: World = ALONE
+    files: DatasetFiles,
+    split: str,
+    *,
+    protocol: str,
+    batch_size: int = 8,
+    here: World = ALONE,
+    first: int | None = None,
 ) -> Loader[list[EvaluationImage]]:
-    """Lists of at most ``batch_size`` images of a process's share of a split, in the order of its list."""
+    """Lists of at most ``batch_size`` images of a process's share of a split, in the order of its list.
+
+    first: only so many of the whole list; None: all.
+    """
     images = EvaluationImages(files, split, protocol)
     training = files.config.training
     return Loader(
         images,
-        range(here.rank, len(images), here.size),
+        range(len(images))[:first][here.rank :: here.size],
         list,
         timeout=training.data.timeout,
         batch_size=batch_size,

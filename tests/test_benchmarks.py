@@ -34,7 +34,8 @@ def check_common(lines: list[str], content: dict[str, Any], *, rounds: int, head
     assert lines[2] == f"medians of {rounds} rounds in turn"
     assert lines[3].split()[0] == head
     rows = lines[4 : 4 + len(content["rows"])]
-    assert [row.split()[0] for row in rows] == [row[head] for row in content["rows"]]
+    key = {"scaling": "kind"}.get(head, head)
+    assert [row.split()[0] for row in rows] == [row[key] for row in content["rows"]]
     return rows
 
 
@@ -138,3 +139,32 @@ def test_works_take_turns():
 def test_a_table_shows_what_was_not_measured():
     assert _cell({"a": None}, Column("a", "A", ".1f")) == "-"
     assert _cell({"a": 2048}, Column("a", "A", ".1f", 1 / 1024)) == "2.0"
+
+
+SMALL_STEP = ("--backbone", "resnet18", "--size", "65,65", "--device", "cpu")
+
+
+@pytest.mark.slow
+def test_step_tells_what_is_beside_the_networks_and_what_recomputation_costs_and_saves(tmp_path: Path):
+    settings = ("fp32", "fp32 recomputed", "bf16 channels-last")
+    lines, content = run("step", tmp_path, *SMALL_STEP, "--batch", "2", "--rounds", "1", "--settings", *settings)
+    assert "DeepLab resnet18, 65,65, batch 2+2" in lines[0]
+    assert [row["setting"] for row in content["rows"]] == list(settings)
+    plain, recomputed, _ = content["rows"]
+    assert plain["speed"] == 1
+    assert all(row["images_per_second"] == pytest.approx(4 / row["seconds"]) for row in content["rows"])
+    work = {row["setting"]: row["teraflops"] * row["seconds"] for row in content["rows"]}
+    assert 1.1 < work["fp32 recomputed"] / work["fp32"] < 1.5, "the students' backbones are computed once more"
+    assert recomputed["gib"] < plain["gib"]
+
+
+@pytest.mark.slow
+def test_scaling_compares_two_processes_with_one(tmp_path: Path):
+    lines, content = run("scaling", tmp_path, *SMALL_STEP, "--batch", "2", "--rounds", "1")
+    check_common(lines, content, rounds=1, head="scaling")
+    rows = {row["kind"]: row for row in content["rows"]}
+    assert [(row["processes"], row["batch"]) for row in rows.values()] == [(1, 2), (2, 2), (2, 4)]
+    one = rows["both"]["images_per_second"]
+    assert rows["both"]["efficiency"] == 1
+    assert all(rows[kind]["efficiency"] == pytest.approx(rows[kind]["images_per_second"] / one / 2)
+               for kind in ("strong", "weak"))  # fmt: skip

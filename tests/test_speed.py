@@ -131,13 +131,3 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
                               cwd=Path(__file__).parent.parent, timeout=120)  # fmt: skip
         fetched[what] = int(done.stdout)
     assert fetched["keep"] < fetched["give back"] / 10, fetched
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_a_step_prints_its_table_and_writes_its_numbers(tmp_path: Path):
-    command = [sys.executable, "-m", "benchmarks.step", "--backbone", "resnet18", "--size", "65,65", "--batch", "1",
-               "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "step.json")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "bf16 channels-last" in done.stdout
-    assert (tmp_path / "step.json").is_file()

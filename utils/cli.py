@@ -46,7 +46,13 @@ def training_parser(network: str) -> argparse.ArgumentParser:
         "--save-images",
         type=Path,
         metavar="DIR",
-        help="also write a picture of targets and predictions at every validation",
+        help="where the pictures of targets and predictions go that are made at every validation; default: images in "
+        "the run's folder",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check everything, take some steps, evaluate an image, tell memory and hours, and write nothing",
     )
     return parser
 

@@ -116,6 +116,12 @@ class RunLogger:
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """On standard output."""
+    for line in lines:
+        print(line)
+
+
 def print_result(evaluation: Evaluation, checkpoint: Path, *, again: Sequence[str]) -> None:
     """The table of an evaluated checkpoint and how to look at its run, on standard output. again: its command."""
     folder, command = checkpoint.parent, f"python3 {shlex.join(again)}"

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ class Run:
     step_on_disk: int | None = None
     stop_signal: int | None = field(default=None)
     lock: Any = field(default=None, repr=False)  # an open file, locked as long as the process lives; False: another's
+    scratch: Any = field(default=None, repr=False)  # of a dry run: its folder goes when this goes
 
     def __post_init__(self) -> None:
         if self.lock is None:
@@ -76,19 +78,26 @@ def check_request(*, name: str, resume: str | None, device: str, processes: int 
         raise CheckpointError(f"{resume}: no such checkpoint")
 
 
-def start_run(config: Config, *, name: str, resume: str | None, device: str, here: World = ALONE) -> Run:
+def start_run(
+    config: Config, *, name: str, resume: str | None, device: str, here: World = ALONE, dry: bool = False
+) -> Run:
     """Make the run's folder, or find the one to continue, and write config.json there; the first process does.
 
     The others read the same checkpoint: with several machines the folder must be one that all of them see.
 
     Raises UserError for a name that is no file name or a folder that another process trains in, CheckpointError for a
     checkpoint that is damaged or does not fit the config. Only "auto" goes back to an older checkpoint, and says so.
+
+    dry: the folder is a temporary one, and nothing is continued.
     """
     check_request(name=name, resume=resume, device=device)
     part_size(config, here)
     if config.training.deterministic:
         make_deterministic()
     where = choose_device(device, here)
+    if dry:
+        scratch = tempfile.TemporaryDirectory(prefix="dry-run-")
+        return Run(Path(scratch.name), where, scratch=scratch)
     if not here.is_first:
         folder, found = from_first((Path(), None))
         return Run(folder, where, load_checkpoint(found) if found else None, lock=False)
