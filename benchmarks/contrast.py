@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import Column, Row, add_device, in_turn, median_ratio, parser, peak_memory, report, start
-from utils.contrast import CHUNK_SIZE, high_level_contrast, low_level_contrast
+from utils.contrast import high_level_contrast, low_level_contrast
 from utils.errors import UserError, run_script
 
 TOLERANCE = 1e-4
@@ -111,7 +111,7 @@ def make_inputs(args: argparse.Namespace, anchors: int, device: torch.device) ->
     return Inputs(features.requires_grad_(), peer, labels[None, None].to(device), banks)
 
 
-def loss_of(args: argparse.Namespace, term: str, form: str, inputs: Inputs, *, chunk_size: int = CHUNK_SIZE) -> Tensor:
+def loss_of(args: argparse.Namespace, term: str, form: str, inputs: Inputs, *, chunk_size: int | None = None) -> Tensor:
     features, peer, labels, banks = inputs
     if form == "direct":
         function = direct_high_level if term == "high_level" else direct_low_level

@@ -134,9 +134,10 @@ def test_two_processes_compute_what_one_does_by_accumulation(tmp_path: Path, dem
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-5, msg=name)
     assert any("low_level/1" in line for line in log), "the contrastive terms were on"
     assert len(log) == len(other_log)
+    of_one_part = ("pseudo_label/", "agreement/", "anchors", "gradient_norm/")  # they describe what one process saw
     for line, other in zip(log, other_log, strict=True):
         assert line.keys() == other.keys()
-        for key in line:
+        for key in (key for key in line if not key.startswith(of_one_part)):
             assert line[key] == pytest.approx(other[key], abs=1e-4), key
 
 

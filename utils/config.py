@@ -498,7 +498,13 @@ def dump_config(config: Config) -> dict[str, Any]:
 FREE_KEYS = (
     *("utils.checkpoint_dir", "utils.save_", "utils.keep_", "utils.val_per_iter", "utils.tensorboard"),
     *("utils.log_per_iter", "training.num_workers", "training.accumulation", "training.process_timeout"),
-    *("training.data.hidden_labels", "training.data.timeout", "training.data.bad_sample_limit", "training.data.cache"),
+    *(
+        "training.checkpoint_activations",
+        "training.data.hidden_labels",
+        "training.data.timeout",
+        "training.data.bad_sample_limit",
+        "training.data.cache",
+    ),
     *("data_root", "dataset.root", "dataset.test", "dataset.palette"),
 )
 
