@@ -38,14 +38,14 @@ types: .venv/development ## mypy
 
 check: lint types test ## what CI runs
 
-schema: .venv/runtime ## write configs/config.schema.json and print the README's table of keys
+schema: .venv/runtime ## write configs/config.schema.json and docs/configuration.md from the type of the configuration
 	$(BIN)/python -m utils.config
 
 drill: .venv/development ## the fire drill: kills, damage, full disks, dead processes; a table of what survived
 	$(TEST_ENV) $(BIN)/python -m tests.drill
 
 # Longer than the demo: 1200 steps a run. --jobs 2: two runs side by side, one core each.
-compare: .venv/runtime ## the README's comparison on the demo dataset: 3 seeds, with and without unlabeled images
+compare: .venv/runtime ## the comparison of docs/reproducing.md on the demo dataset: 3 seeds, with and without unlabeled images
 	$(BIN)/python prepare_data.py demo datasets/demo
 	$(BIN)/python ablate.py --config configs/configDemo.json --name compare --seeds 0 1 2 --jobs 2 \
 	  --set training.num_iterations=1200 --set training.unlabeled.start_iteration=250 \

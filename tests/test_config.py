@@ -1,6 +1,7 @@
 """The configuration: what is refused, how it is said, and that its documents are fresh."""
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -14,12 +15,13 @@ from utils.config import (
     DATASETS,
     Config,
     UnlabeledConfig,
+    _flat,
     check_config,
+    configuration_page,
     dump_config,
     for_network,
     json_schema,
     load_config,
-    markdown_table,
 )
 from utils.errors import UserError
 from utils.losses import PIXEL_WEIGHTS
@@ -35,9 +37,18 @@ def test_every_shipped_configuration_is_valid_for_the_type_and_for_the_schema(pa
     jsonschema.validate(json.loads(path.read_text()), json.loads(json_schema()))
 
 
-def test_the_schema_and_the_table_in_the_readme_are_fresh():
+def test_the_schema_and_the_page_of_all_keys_are_fresh():
     assert (PROJECT / "configs" / "config.schema.json").read_text() == json_schema(), "run: make schema"
-    assert markdown_table() in (PROJECT / "README.md").read_text(), "paste the output of: make schema"
+    assert (PROJECT / "docs" / "configuration.md").read_text() == configuration_page(), "run: make schema"
+
+
+def test_the_page_names_every_key_of_a_configuration_that_has_all_blocks():
+    block = DATASETS["pascal_voc"].model_dump(mode="json")
+    config = check_config(tiny_values(dataset=block), source="test")
+    keys = set(_flat(dump_config(config))) | {"$schema", "dataset"}
+    assert set(re.findall(r"^\| `([^`]+)`", configuration_page(), flags=re.MULTILINE)) == keys | {
+        "dataset.release_protocol"
+    }
 
 
 BAD = {

@@ -68,8 +68,9 @@ def test_functions_stay_readable():
     assert long == []
 
 
-def test_every_test_that_the_readme_names_exists():
-    named = set(re.findall(r"`(test_\w+)`", (PROJECT / "README.md").read_text()))
+def test_every_test_that_the_pages_name_exists():
+    pages = [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"`(test_\w+)`", page.read_text())}
     source = "".join(path.read_text() for path in (PROJECT / "tests").glob("*.py"))
     assert len(named) > 20
     assert [name for name in sorted(named) if f"def {name}(" not in source] == []

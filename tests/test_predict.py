@@ -178,6 +178,18 @@ def test_an_overlay_has_the_photograph_under_the_colors_and_a_legend_of_what_is_
     assert (0, 200, 0) not in legend, "no car in this picture"
 
 
+def test_a_small_photograph_is_enlarged_above_its_legend():
+    label = np.zeros((48, 96), np.uint8)
+    label[:, 48:] = 1
+    overlay = draw_overlay(
+        np.zeros((48, 96, 3), np.uint8), label, class_names=NAMES, palette=[[200, 0, 0], [0, 200, 0], [0, 0, 200]]
+    )
+    pixels = np.asarray(overlay)
+    assert overlay.width == 4 * 96
+    assert (pixels[: 4 * 48, : 4 * 48] == [100, 0, 0]).all()
+    assert (pixels[: 4 * 48, 4 * 48 :] == [0, 100, 0]).all()
+
+
 # ------------------------------------------------------------------------------------------------ by command
 
 

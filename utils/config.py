@@ -1,7 +1,7 @@
 """The configuration as one checked type: the release's keys, ours, their defaults and their meaning.
 
 Importing this module does not import torch, so that a wrong key is reported within a moment.
-``python3 -m utils.config`` rewrites configs/config.schema.json and prints the README's table of keys.
+``python3 -m utils.config`` (``make schema``) rewrites configs/config.schema.json and docs/configuration.md.
 """
 
 import difflib
@@ -619,24 +619,67 @@ def json_schema() -> str:
     return json.dumps(Config.model_json_schema(by_alias=True), indent=1) + "\n"
 
 
-def markdown_table() -> str:
-    """Every key with default and meaning, as kept in the README."""
-    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
-    rows += _rows(Config, "") + _rows(DatasetConfig, "dataset.")
-    return "\n".join(rows) + "\n"
+PAGE = """# Configuration
+
+Made from `utils/config.py` by `make schema` (`python3 -m utils.config`); change it there. A test compares the two.
+
+A run is described by one JSON file. Only `dataset` is required; a key that is left out has its default. Keys that are
+unknown, of the wrong type or out of range are refused, all at once, each with its name and a suggestion, before any
+image is read. On a command line `--set KEY=VALUE` overrides a key: `--set training.unlabeled.mix_mask=cut`.
+
+[`configs/config.schema.json`](../configs/config.schema.json) says the same to an editor, for completion and checks. The
+`config.json` in a run's folder holds every key with the value it had.
+
+What the keys of the method do to the equations is in [method.md](method.md), what those of memory and speed cost in
+[scaling.md](scaling.md), how a dataset is described in [datasets.md](datasets.md).
+"""
 
 
-def _rows(block: type[BaseModel], prefix: str) -> list[str]:
-    rows = []
+def configuration_page() -> str:
+    """docs/configuration.md: every key with its default, its possible values and its meaning."""
+    return "\n".join([PAGE, *_tables(Config, ""), *_tables(DatasetConfig, "dataset.")])
+
+
+def _tables(block: type[BaseModel], prefix: str) -> list[str]:
+    """A heading and a table for a block, then those of the blocks within."""
+    properties = block.model_json_schema(by_alias=True)["properties"]
+    rows, inner = [], []
     for name, field in block.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            rows += _rows(field.annotation, f"{prefix}{name}.")
-            continue
-        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-        rows.append(f"| `{prefix}{field.alias or name}` | {default} | {field.description} |")
-    return rows
+        key = field.alias or name
+        within = next((part for part in (field.annotation, *get_args(field.annotation)) if _is_section(part)), None)
+        if within is not None and within is not DatasetConfig:
+            inner += _tables(within, f"{prefix}{key}.")
+        if within is None or field.description:
+            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+            rows.append(f"| `{prefix}{key}` | {default} | {_values(properties[key])} | {field.description} |")
+    head = ["| key | default | values | meaning |", "| --- | --- | --- | --- |"]
+    title = f"`{prefix[:-1]}`" if prefix else "Top level"
+    return [f"## {title}\n", f"{block.__doc__}\n", *head, *rows, "", *inner]
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """What a key may be, from its JSON Schema."""
+    if alternatives := schema.get("anyOf") or schema.get("oneOf"):
+        return ", ".join(_values(one) for one in alternatives)
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{json.dumps(value)}`" for value in schema.get("enum", [schema.get("const")]))
+    kind = {"null": "`null`", "boolean": "`true`, `false`", "array": "list", "string": "text"}.get(
+        schema.get("type", "")
+    )
+    if "pattern" in schema:
+        return '`"h,w"`'
+    if kind is not None or "$ref" in schema:
+        return kind or "block"
+    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    limits = [f"{sign} {schema[name]:g}" for name, sign in signs.items() if name in schema]
+    limits += [f"multiple of {schema['multipleOf']}"] if "multipleOf" in schema else []
+    return " ".join([schema["type"], *([", ".join(limits)] if limits else [])])
 
 
 if __name__ == "__main__":
     Path("configs/config.schema.json").write_text(json_schema(), encoding="utf-8")
-    print(markdown_table(), end="")
+    Path("docs/configuration.md").write_text(configuration_page(), encoding="utf-8")

@@ -91,7 +91,13 @@ def start_run(
     dry: the folder is a temporary one, and nothing is continued.
     """
     check_request(name=name, resume=resume, device=device)
-    part_size(config, here)
+    unlabeled = config.training.unlabeled
+    if part_size(config, here) == 1 and unlabeled.train_unlabeled and unlabeled.mix_mask not in (None, "None"):
+        warnings.warn(
+            "each process computes one image at a time, and images are mixed among those that are computed together: "
+            "nothing is mixed; choose a larger training.batch_size or a smaller training.accumulation",
+            stacklevel=2,
+        )
     if config.training.deterministic:
         make_deterministic()
     where = choose_device(device, here)

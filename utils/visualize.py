@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.config import Config
 
+SMALL_SIDE = 384  # overlays of photographs whose longer side is at most half of it are enlarged
+
 
 def voc_palette(count: int = 256) -> list[list[int]]:
     """The colors of PASCAL VOC's label files: the bits of a class id, spread over red, green and blue."""
@@ -43,14 +45,19 @@ def colorize(label: np.ndarray, palette: Sequence[Sequence[int]] | None, *, igno
 def draw_overlay(
     image: np.ndarray, label: np.ndarray, *, class_names: Sequence[str], palette: Sequence[Sequence[int]] | None
 ) -> Image.Image:
-    """(H,W,3) uint8 RGB under the colors of (H,W) class ids, and below it the colors of the classes that are there."""
-    height, width = label.shape
+    """(H,W,3) uint8 RGB under the colors of (H,W) class ids, and below it the colors of the classes that are there.
+
+    A small photograph is enlarged a whole number of times: the legend would be larger than it.
+    """
     colors = colorize(np.arange(len(class_names)), palette, ignore_label=255)
     counts = np.bincount(label.ravel(), minlength=len(class_names))
     present = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    texts = [f"{class_names[index]} {100 * counts[index] / label.size:.1f} %" for index in present]
+    times = max(1, SMALL_SIDE // max(label.shape))
+    image, label = (np.kron(one, np.ones((times, times, *[1] * (one.ndim - 2)), np.uint8)) for one in (image, label))
+    height, width = label.shape
     size = max(12, min(width, height) // 28)
     font = ImageFont.load_default(size)
-    texts = [f"{class_names[index]} {100 * counts[index] / label.size:.1f} %" for index in present]
     cell = int(max(font.getlength(text) for text in texts)) + 3 * size
     columns = max(1, width // cell)
     rows = -(-len(present) // columns)
@@ -144,7 +151,9 @@ def save_picture(path: Path, columns: Mapping[str, Any], *, title: str, config: 
             drawn = axes[row][column].imshow(shown, **how)
             axes[row][column].set_axis_off()
         if images.dtype.kind == "f" and images.ndim == 3:
-            figure.colorbar(drawn, ax=[axes[row][column] for row in range(rows)], fraction=0.05, pad=0.02)
+            figure.colorbar(
+                drawn, ax=[axes[row][column] for row in range(rows)], fraction=0.05, pad=0.02, aspect=20 * rows
+            )
     figure.suptitle(title, fontsize=11)
     colors = np.array(
         [colorize(np.array([[index]]), palette, ignore_label=ignore_label)[0, 0] for index in range(len(class_names))]
