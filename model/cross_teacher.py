@@ -134,7 +134,7 @@ class CrossTeacher(nn.Module):
         True where nothing may change, because a loss was not finite.
         """
         max_new = max(2 * self.contrastive.memory_size // self.labeled_samples, self.config.training.batch_size)
-        average_([buffer for student in self.students for buffer in student.buffers()])
+        average_([buffer for student in self.students for buffer in student.buffers()], frozen=frozen)
         for student, teacher, bank in zip(self.students, self.teachers, self.banks, strict=True):
             teacher.update(student, step, frozen=frozen)
             if self.uses_banks:
@@ -297,6 +297,10 @@ class CrossTeacher(nn.Module):
     def observe(self, losses: Losses) -> None:
         """Describe the last step, which was taken while ``recording``, before its backward pass."""
         self.observed, self.record = describe(self, self.record, losses), None
+
+    def step_buffers(self) -> list[Tensor]:
+        """What ``training_step`` itself changes."""
+        return [*(buffer for student in self.students for buffer in student.buffers()), self.banks_were_ready]
 
     def log_values(self, step: int) -> dict[str, float]:
         """What was observed, and the banks now; tags as in TensorBoard. Values that do not exist are left out."""

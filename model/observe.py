@@ -63,7 +63,10 @@ def describe_banks(method: "CrossTeacher", step: int) -> Values:
 
 
 def _gradient_norm(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-    """Length of a weighted term's gradient in the logits and features of one student, labeled and unlabeled."""
+    """Length of a weighted term's gradient in the logits and features of one student, labeled and unlabeled.
+
+    Where the logits are made of these features (DeepLabv3+), what reaches them through the logits counts too.
+    """
     gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
     return torch.nn.utils.get_total_norm([gradient.float() for gradient in gradients if gradient is not None])
 
@@ -114,7 +117,7 @@ def _agreement(record: StepRecord) -> Values:
 
 
 def _anchors(method: "CrossTeacher", record: StepRecord) -> Values:
-    """How many pixels of the feature grid are anchors of each term, altogether and of each class."""
+    """How many pixels of the feature grid may be anchors of each term, before ``max_anchors`` are drawn of them."""
     values: Values = {}
     class_ids = torch.arange(method.config.num_classes, device=record.labeled.labels.device)
     for own, peer in ((0, 1), (1, 0)):
@@ -123,6 +126,9 @@ def _anchors(method: "CrossTeacher", record: StepRecord) -> Values:
             "high_level": method.reliable_pixels(record.labeled, record.seen[own], views[own], mixed[own]),
             "low_level": method.unreliable_pixels(views[own], views[peer], mixed[own], mixed[peer]),
         }
+        labels, mask = found["high_level"]
+        has_entries = (method.banks[own].counts > 0)[labels.clamp(0, method.config.num_classes - 1)]
+        found["high_level"] = labels, mask & has_entries  # a class without entries has no positives
         for term, (labels, mask) in found.items():
             counts = ((labels[..., None] == class_ids) & mask[..., None]).flatten(0, -2).sum(dim=0)
             values[f"anchors/{term}/{own}"] = counts.sum()

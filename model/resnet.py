@@ -199,8 +199,8 @@ def _untouched_statistics(block: nn.Module) -> Iterator[None]:
     """BatchNorm normalizes with the batch's statistics, and its running ones stay as they are."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm in norms:  # a counter to throw away: SyncBatchNorm refuses to work without one
+        norm.momentum, norm.num_batches_tracked = 0.0, torch.tensor(0, device=norm.weight.device)
     try:
         yield
     finally:

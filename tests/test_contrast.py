@@ -145,6 +145,12 @@ def test_max_anchors_is_not_the_loss_of_the_drawn_anchors(kind: str) -> None:
     other = contrast(kind, case, max_anchors=10, generator=torch.Generator().manual_seed(4))
     assert again[0] == loss != other[0]
     assert_same(contrast(kind, case, max_anchors=1000), contrast(kind, case))  # more than there are pixels
+    many = random_case(classes=4, side=8)
+    drawn_classes = set()
+    for seed in range(20):
+        _, gradient = contrast(kind, many, max_anchors=1, generator=torch.Generator().manual_seed(seed))
+        drawn_classes |= set(many["labels"][(gradient != 0).any(dim=1)].tolist())
+    assert drawn_classes == {0, 1, 2, 3}, "fewer anchors than classes: none is preferred"
     case["mask"][1:] = False
     case["mask"][0, 3:] = False
     few = case["mask"].sum() - 1

@@ -183,9 +183,22 @@ def test_fp16_halves_its_scale_instead_of_stopping_and_skips_that_update(steps: 
     assert made.step == 1
     assert made.scaler.get_scale() == 2.0**125
     assert all(torch.equal(p, was) for p, was in zip(made.method.students.parameters(), before, strict=True))
+    assert all((state["momentum_buffer"] == 0).all() for state in made.optimizer.state.values()), "not just any memory"
     made.scaler.update(16.0)
     do()
     assert any(not torch.equal(p, was) for p, was in zip(made.method.students.parameters(), before, strict=True))
+
+
+def test_a_failed_step_leaves_fp16_s_scale_alone_too(steps: Any):
+    made, do = steps(waits=True, training__precision="fp16")
+    made.scaler._init_scale = 64.0
+    loss_of = made.method.total_loss
+    made.method.total_loss = lambda losses, step: loss_of(losses, step=step) * float("nan")
+    consistency = made.method.consistency
+    made.method.consistency = lambda *args, **more: consistency(*args, **more) * float("nan")
+    with pytest.raises(NonFiniteError, match="cross_teacher of student 0 is nan"):
+        do()
+    assert made.scaler.get_scale() == 64
 
 
 def test_fp16_that_no_scale_helps_stops_with_the_cure(steps: Any):

@@ -28,7 +28,8 @@ def test_a_dry_run_tells_what_the_run_will_take_and_writes_nothing(demo: Path, t
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     contrast = {"training__contrastive__contrast_start": 5, "training__unlabeled__start_iteration": start}
-    config = write_config(tmp_path, demo, **contrast)
+    cache = {"training__data__cache": "disk", "training__data__cache_dir": str(tmp_path / "cache")}
+    config = write_config(tmp_path, demo, **contrast, **cache)
     before = everything_below(tmp_path), everything_below(demo)
     done = run(SCRIPT, "--config", config, "--name", "try", "--dry-run", env={"TMPDIR": str(scratch)})
     assert done.returncode == 0, done.stderr

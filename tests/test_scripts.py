@@ -194,6 +194,7 @@ def bad_cases(demo: Path, folder: Path) -> dict[str, tuple[dict, list, str]]:
         "checkpoint that is not there": ({}, ["--resume", "gone.pth"], "gone.pth: no such checkpoint"),
         "empty option": ({}, ["--resume", ""], "is empty"),
         "several GPUs": ({}, ["--gpus", "2"], "--gpus 2: this machine has 0 CUDA devices"),
+        "one GPU for two": ({}, ["--gpus", "2", "--device", "cuda:1"], "several processes need a GPU each"),
         "GPU without one": ({}, ["--device", "cuda"], "this machine has 0 CUDA devices"),
     }
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from model import CrossTeacher
+from model.resnet import BasicBlock, _first_and_again
 from tests.test_cross_teacher import build, full_banks
 from utils.config import Config
 from utils.speed import arrange, autocast
@@ -83,6 +85,16 @@ def test_recomputed_activations_give_the_same_bits_and_batchnorm_sees_a_batch_on
     expected = kept.state_dict()
     assert [key for key, value in recomputed.state_dict().items() if not torch.equal(value, expected[key])] == []
     assert recomputed.students[0].backbone.bn1.num_batches_tracked == 2, "labeled and unlabeled"
+
+
+def test_recomputation_leaves_the_statistics_of_a_synchronized_batchnorm_alone():
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(BasicBlock(4, 4, stride=1, dilation=1)).train()
+    _, again = _first_and_again(block)
+    with again:
+        assert block.bn1.num_batches_tracked is not None, "it refuses to work without"
+        block.bn1.num_batches_tracked.add_(1)
+    assert block.bn1.num_batches_tracked == 0
+    assert block.bn1.momentum == 0.1
 
 
 def test_recomputed_activations_are_not_kept_for_the_backward_pass(losses: Any):

@@ -310,7 +310,8 @@ def training_overrides(args: argparse.Namespace) -> list[str]:
     """The training command's share of the configuration, as ``KEY=VALUE``."""
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: expected at least 1, the default; --device cpu trains without one")
-    return data_overrides(args)
+    # A dry run writes nothing, no cache either.
+    return [*data_overrides(args), *(['training.data.cache="none"'] if args.dry_run else [])]
 
 
 def data_overrides(args: argparse.Namespace) -> list[str]:

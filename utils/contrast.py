@@ -231,7 +231,8 @@ def _draw_evenly(classes: Tensor, chosen: Tensor, count: int, generator: torch.G
     shuffled = (classes + key).argsort()  # class by class
     of_class, place = classes[shuffled], torch.arange(len(classes), device=classes.device)
     rank = place - torch.searchsorted(of_class, of_class)  # within its class
-    return shuffled[rank.where(of_class < nowhere, len(classes)).argsort(stable=True)[:count]]
+    order = (rank.where(of_class < nowhere, len(classes)) + key[shuffled]).argsort()  # round by round
+    return shuffled[order[:count]]
 
 
 def _at(features: Tensor, pixels: Tensor) -> Tensor:

@@ -190,8 +190,11 @@ def total(tensor: Tensor) -> Tensor:
     return summed.to(tensor.device)
 
 
-def average_(tensors: Sequence[Tensor]) -> None:
-    """Replace floating tensors by their mean over the processes, in one message."""
+def average_(tensors: Sequence[Tensor], *, frozen: Tensor | None = None) -> None:
+    """Replace floating tensors by their mean over the processes, in one message.
+
+    frozen: () bool, where True they stay as they are.
+    """
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     if not dist.is_initialized() or not floats:
         return
@@ -199,7 +202,8 @@ def average_(tensors: Sequence[Tensor]) -> None:
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for tensor, part in zip(floats, flat.split([tensor.numel() for tensor in floats]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+        mean = part.view_as(tensor)
+        tensor.copy_(mean if frozen is None else torch.where(frozen, tensor, mean))
 
 
 def gather(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -67,25 +67,29 @@ class Guard:
         self._unread.append(Verdict(step, told, values, list(losses), ids))
         return (self.broken | infinite).float()
 
-    def read(self) -> Failure | None:
-        """Wait for the verdicts on the steps since the last reading, in all processes."""
+    def read(self, *, together: bool = True) -> Failure | None:
+        """Wait for the verdicts on the steps since the last reading.
+
+        together: all processes read now, and tell each other what they saw.
+        """
         if not self._unread:
             return None
         told = torch.stack([verdict.told for verdict in self._unread]).tolist()
         self.agreed_signal = int(told[-1][1]) or None
         first = next((verdict for verdict, (bad, _) in zip(self._unread, told, strict=True) if bad), None)
         self._unread.clear()
-        return None if first is None else Failure(first.step, _explain(first))
+        return None if first is None else Failure(first.step, _explain(first, together=together))
 
 
-def _explain(verdict: Verdict) -> str:
+def _explain(verdict: Verdict, *, together: bool) -> str:
     values, ids = verdict.values.tolist(), ", ".join(verdict.ids)
     bad = [
         f"{term} of student {own} is {value}"
         for (term, own), value in zip(verdict.names, values, strict=True)
         if value != value or value in (float("inf"), -float("inf"))
     ]
-    found = all_messages(f"{', '.join(bad)} (images {ids})" if bad else "")
+    mine = f"{', '.join(bad)} (images {ids})" if bad else ""
+    found = all_messages(mine) if together else [mine] if mine else []
     return "; ".join(found) or f"a gradient is not finite, though every loss is (images {ids})"
 
 

@@ -135,7 +135,7 @@ def classify_all(
             strips = {name: one[:, :, rows].contiguous() for name, one in maps.items()}
             for name in wanted & strips.keys():
                 found[name][part, rows] = largest(strips[name])
-            if ENSEMBLE in wanted:
+            if ENSEMBLE in wanted and ENSEMBLE not in networks:
                 shares = [strips[name].softmax(dim=1) if inference.is_one_pass else strips[name] for name in students]
                 found[ENSEMBLE][part, rows] = largest(sum(shares[1:], start=shares[0]))
     return found

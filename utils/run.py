@@ -19,7 +19,7 @@ import torch
 
 from utils.checkpoint import load_checkpoint, older_checkpoints, remove_leftovers
 from utils.config import Config, different_keys, dump_config
-from utils.distributed import ALONE, World, from_first, part_size
+from utils.distributed import ALONE, World, from_first, part_size, world
 from utils.errors import CheckpointError, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -68,6 +68,8 @@ def check_request(*, name: str, resume: str | None, device: str, processes: int 
         raise UserError(
             f"--name {name!r}: expected at most 100 letters, digits and . _ + -, because it becomes a folder's name"
         )
+    if ":" in device and (processes > 1 or world().size > 1):
+        raise UserError(f"--device {device}: several processes need a GPU each; write --device cuda")
     choose_device(device)
     if processes > 1 and device != "cpu" and processes > torch.cuda.device_count():
         raise UserError(

@@ -28,6 +28,7 @@ from utils.schedule import poly_lr
 from utils.speed import arrange, autocast, keep_freed_memory, loss_scaler, peak_memory
 
 Losses = dict[tuple[str, int], Tensor]
+SIGNAL_EVERY = 4  # steps until one of several processes, told to stop, is heard: torchrun kills after 30 seconds
 
 
 class Trainer:
@@ -57,6 +58,9 @@ class Trainer:
         arrange(method, config)
         if run.device.type == "cpu":
             keep_freed_memory()
+        if config.training.momentum:  # a first update that is left out would leave torch's own without any value
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.here, self.wrapped = here, parallel(method, config, run.device)
         self.method, self.optimizer, self.loader, self.run, self.config = method, optimizer, loader, run, config
         self.evaluate, self.picture, self.images_folder = evaluate, picture, images_folder
@@ -67,7 +71,7 @@ class Trainer:
         self.must_validate = False  # between a step after which a validation is due, and its end
         self.step_on_disk, self.bad_files = run.step_on_disk, set[str]()
         self.scaler = loss_scaler(config, run.device)
-        self.guard = Guard([buffer for student in method.students for buffer in student.buffers()], run.device)
+        self.guard = Guard(method.step_buffers(), run.device)
         self.reads_every_step = run.device.type == "cpu"  # its host waits for every operation anyway
         if run.checkpoint is not None:
             self._restore(run.checkpoint)
@@ -109,16 +113,19 @@ class Trainer:
             return evaluation
         except UserError as error:  # a damaged image: what was learned so far is kept
             if self.step and not isinstance(error, NonFiniteError | StorageError):
-                self.save_last()
+                self.save_last(together=False)
             raise
         finally:
             logger.close()
             for loader in loaders:
                 getattr(loader, "close", lambda: None)()  # ends its processes now
 
-    def save_last(self) -> None:
-        """Write checkpoint.pth; the one before keeps its step in its name, and ``utils.keep_checkpoints`` are left."""
-        self._stop_if_not_finite()
+    def save_last(self, *, together: bool = True) -> None:
+        """Write checkpoint.pth; the one before keeps its step in its name, and ``utils.keep_checkpoints`` are left.
+
+        together: all processes are here.
+        """
+        self._stop_if_not_finite(together=together)
         path, keep = self.run.folder / "checkpoint.pth", self.config.utils.keep_checkpoints
         is_older = self.step_on_disk is not None and self.step_on_disk < self.step
         self.save(path, keep_old_as=older_name(path, self.step_on_disk or 0) if is_older and keep > 1 else None)
@@ -178,7 +185,8 @@ class Trainer:
             self.method.after_step(*seen, step=step, frozen=None if self.reads_every_step else self.guard.broken)
         self.step += 1
         logger.advance()
-        if any(self._is_due(key) for key in ("log_per_iter", "val_per_iter", "save_checkpoint_every")):
+        reads = any(self._is_due(key) for key in ("log_per_iter", "val_per_iter", "save_checkpoint_every"))
+        if reads or (self.here.size > 1 and self.step % SIGNAL_EVERY == 0):
             self._stop_if_not_finite()
         if self._is_due("log_per_iter"):
             self._log(logger, means)
@@ -285,13 +293,18 @@ class Trainer:
             scaled=self.scaler.is_enabled(),
         )  # fmt: skip
         if self.scaler.is_enabled():
+            scale = [self.scaler._scale, self.scaler._growth_tracker]
+            before = [tensor.clone() for tensor in scale if tensor is not None]
             self.scaler.update()
+            for tensor, was in zip((self.scaler._scale, self.scaler._growth_tracker), before, strict=True):
+                assert tensor is not None
+                tensor.copy_(torch.where(self.guard.broken, was, tensor))
         if self.reads_every_step:
             self._stop_if_not_finite()
 
-    def _stop_if_not_finite(self) -> None:
+    def _stop_if_not_finite(self, *, together: bool = True) -> None:
         """NonFiniteError if a step was bad; all processes stop, in the state before that step."""
-        failure = self.guard.read()
+        failure = self.guard.read(together=together)
         if failure is None and self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise NonFiniteError('training.precision "fp16" cannot hold the gradients, however scaled; use "bf16"')
         if failure is None:
