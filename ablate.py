@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.cli import ablation_parser, comparison_parser
+from utils.cli import ablation_parser, comparison_parser, keeping_parser, overview_parser
 from utils.errors import run_script
 from utils.study import PRESETS, cells, plan, plan_study, script_command, steps_text
 
@@ -12,8 +12,13 @@ __all__ = ["cells", "main", "plan"]
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["report"]:
-        return compare(comparison_parser().parse_args(sys.argv[2:]))
+    match sys.argv[1:]:
+        case ["report", *rest]:
+            return compare(comparison_parser().parse_args(rest))
+        case ["keep", *rest]:
+            return keep(keeping_parser().parse_args(rest))
+        case ["overview", *rest]:
+            return show_overview(overview_parser().parse_args(rest))
     return run(ablation_parser(PRESETS).parse_args())
 
 
@@ -51,6 +56,25 @@ def compare(args: argparse.Namespace) -> int:
     output = args.output or (args.runs[0] if is_study else Path("report"))
     command = [*script_command("ablate.py"), "report", *map(str, args.runs)]
     report(args.runs, output, [*command, *(["--output", str(args.output)] if args.output else [])])
+    return 0
+
+
+def keep(args: argparse.Namespace) -> int:
+    """Copy what is worth keeping, and report on the copy."""
+    from utils.study_keep import keep_study
+    from utils.study_report import write_report
+
+    write_report(keep_study(args.study, args.output), args.output, page=False)
+    print(f"kept in {args.output}")
+    return 0
+
+
+def show_overview(args: argparse.Namespace) -> int:
+    """Print the short tables."""
+    from utils.study_report import overview
+    from utils.study_results import results_of_study
+
+    print("\n".join(overview(results_of_study(study)) for study in args.studies), end="")
     return 0
 
 

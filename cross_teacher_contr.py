@@ -36,7 +36,7 @@ def train(args: Namespace, config: Config, here: "World") -> int:
     from utils.inference import inference_for
     from utils.logger import print_result
     from utils.rehearsal import rehearse
-    from utils.run import code_version, start_run
+    from utils.run import origin, start_run
     from utils.trainer import Trainer, build_optimizer
     from utils.visualize import save_pictures
 
@@ -48,7 +48,7 @@ def train(args: Namespace, config: Config, here: "World") -> int:
         students = build_students(config)
     run = start_run(config, name=args.name, resume=args.resume, device=args.device, here=here, dry=args.dry_run)
     method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled"))).to(run.device)
-    about = files.about("val") | facts | {"protocol": protocol, "seed": config.seed, "commit": code_version()}
+    about = files.about("val") | facts | {"protocol": protocol, "seed": config.seed} | origin(run.device)
 
     def validate(step: int, *, first: int | None = None) -> Evaluation:
         loader = evaluation_loader(files, "val", protocol=protocol, here=here, first=first)

@@ -18,7 +18,7 @@ def main() -> int:
     from utils.evaluate import choose_models, evaluate
     from utils.inference import inference_for
     from utils.logger import print_result
-    from utils.run import choose_device, code_version
+    from utils.run import choose_device, origin
     from utils.visualize import save_confusion, write_label
 
     device = choose_device("auto" if args.gpu is None else "cpu" if args.gpu == -1 else f"cuda:{args.gpu}")
@@ -34,7 +34,7 @@ def main() -> int:
     def save(identifier: str, prediction: Tensor) -> None:
         write_label(output / "images" / f"{identifier}.png", prediction.numpy(), config.data.palette)
 
-    about = {"protocol": args.protocol, **inference.about(), "commit": code_version(), "checkpoint": str(path)}
+    about = {"protocol": args.protocol, **inference.about(), **origin(device), "checkpoint": str(path)}
     evaluation = evaluate(
         {name: network.to(device) for name, network in networks.items()},
         tqdm(evaluation_loader(files, args.split, protocol=args.protocol), unit="batch"),

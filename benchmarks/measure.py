@@ -4,7 +4,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -16,7 +15,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler is silent abo
 
 import torch
 
-from utils.run import choose_device, code_version
+from utils.run import choose_device, code_version, processor_name
 
 Key = TypeVar("Key", bound=Hashable)
 Row = dict[str, Any]
@@ -103,7 +102,7 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
 def machine(device: torch.device) -> dict[str, str | int]:
     """What the numbers were measured with."""
     return {
-        "where": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "where": processor_name(device),
         "device": device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -148,13 +147,3 @@ def _cell(row: Row, column: Column) -> str:
     if value is None:
         return "-"
     return format(value * column.factor if column.factor != 1 else value, column.format)
-
-
-def _cpu_name() -> str:
-    """As Linux calls it, elsewhere the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()} CPU"

@@ -21,7 +21,8 @@ from tests.conftest import tiny_values
 from utils.config import dump_config, load_config
 from utils.errors import UserError
 from utils.study import PRESETS, SCRIPTS, Study, cells, plan_study, shown
-from utils.study_report import write_report
+from utils.study_keep import keep_study, thinned
+from utils.study_report import as_markdown, overview, write_report
 from utils.study_results import Record, Results, Row, refuse_mixing, results_of_folders
 from utils.study_run import Runner, check_places, describe_plan, last_error
 
@@ -72,6 +73,25 @@ about = {"dataset": "d", "split": "val", "split hash": "a", "labeled": 6, "label
 """
 
 
+# Stands in for evaluation.
+EVALUATION_STAND_IN = """
+import json, os, sys
+from pathlib import Path
+
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+checkpoint, split = Path(given["--model-path"]), given["--split"]
+assert checkpoint.name == "checkpoint.pth"
+if split == os.environ.get("SPLIT_FAILS"):
+    sys.exit(f"error: no {split} here")
+result = json.loads((checkpoint.parent / "result.json").read_text()) | {"split": split, "gpu": given.get("--gpu")}
+for model in result["models"].values():
+    model["mean_iou"] -= 0.2
+folder = checkpoint.parent / f"evaluation-{split}-{given['--protocol']}"
+folder.mkdir()  # only once
+(folder / "result.json").write_text(json.dumps(result))
+"""
+
+
 def write_config(folder: Path, **changes: Any) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(tiny_values(**{"utils__checkpoint_dir": str(folder / "runs")} | changes)))
@@ -80,7 +100,7 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 def asked(config: Path, **changes: Any) -> argparse.Namespace:
     """What the command line gives, as it is where nothing is asked for."""
-    plain = {"config": config, "name": "study", "preset": None, "grid": [], "seeds": [0, 1], "set": []}
+    plain = {"config": config, "name": "study", "preset": None, "grid": [], "seeds": [0, 1], "set": [], "measure": []}
     return argparse.Namespace(**plain | changes)
 
 
@@ -653,6 +673,122 @@ def test_each_device_has_one_run_at_a_time(tmp_path: Path, stand_in: Path):
     assert not any("cuda" in job.command for job in study.jobs), "the report does not depend on where a run took place"
 
 
+@pytest.fixture
+def stand_in_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "stand_in_evaluation.py"
+    path.write_text(EVALUATION_STAND_IN)
+    monkeypatch.setattr("utils.study.EVALUATION", str(path))
+
+
+TWO_ROWS = ["training.unlabeled.teacher=self,cross"]
+
+
+def test_runs_are_measured_once_each_on_other_images(tmp_path: Path, stand_in: Path, stand_in_evaluation: None):
+    study = plan_study(asked(write_config(tmp_path), grid=TWO_ROWS, measure=["unlabeled", "test"]))
+    said: list[str] = []
+    for _ in range(2):  # the second time nothing is left to do
+        runner = Runner(study, ["cuda:1", "cpu"], say=said.append)
+        runner.run()
+        assert runner.failed == []
+    assert sum(line.startswith("start") for line in said) == 4 * (1 + 2)
+    results = results_of_folders([study.folder], [])
+    assert results.splits == ["test", "unlabeled"]
+    gpus = {record.measured["test"]["gpu"] for record in results.records}
+    assert gpus <= {"1", "-1"}
+    assert [row.ensemble for row in results.on("test").rows] == [
+        pytest.approx([value - 20 for value in row.ensemble]) for row in results.rows
+    ]
+    write_report(results, tmp_path / "report")
+    titles = re.findall(r"^## (Results.*)", (tmp_path / "report/report.md").read_text(), re.MULTILINE)
+    assert titles == ["Results", "Results on test", "Results on unlabeled"]
+    tables = markdown_tables((tmp_path / "report/report.md").read_text())
+    assert [table[2][1] for table in tables if table[0][0] == "setting" and "ensemble" in table[0][1]] == [
+        "60.5 ± 0.7",
+        "40.5 ± 0.7",
+        "40.5 ± 0.7",
+    ]
+
+
+def test_what_cannot_be_measured_is_told_and_the_rest_is_done(
+    tmp_path: Path, stand_in: Path, stand_in_evaluation: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("FAILS", "self")
+    monkeypatch.setenv("SPLIT_FAILS", "test")
+    study = plan_study(asked(write_config(tmp_path), grid=TWO_ROWS, seeds=[0], measure=["test", "unlabeled"]))
+    runner = Runner(study, [None], say=print)
+    runner.run()
+    assert [job.name for job in runner.failed] == ["teacher=self-seed=0", "teacher=cross-seed=0 on test"]
+    results = results_of_folders([study.folder], [])
+    assert results.splits == ["unlabeled"]
+    assert [record.state for record in results.records] == ["failed, exit status 1: error: loss is nan", "done"]
+    assert overview(results).splitlines()[2:] == [
+        "| setting | seeds | val, mIoU % | unlabeled, mIoU % |",
+        "| --- | --- | --- | --- |",
+        "| training.unlabeled.teacher=self | 0 | no result | no result |",
+        "| training.unlabeled.teacher=cross | 1 | 60.0 | 40.0 |",
+    ]
+
+
+def test_measurements_of_other_images_are_not_mixed(tmp_path: Path, stand_in: Path, stand_in_evaluation: None):
+    study = plan_study(asked(write_config(tmp_path), measure=["test"]))
+    Runner(study, [None], say=print).run()
+    path = next(study.folder.glob("*/*/evaluation-test-original/result.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split hash": "another"}))
+    with pytest.raises(UserError, match=r"split hash is a .* and another"):
+        results_of_folders([study.folder], [])
+
+
+def test_a_kept_study_tells_the_same_and_can_be_gone_on_with(tmp_path: Path, stand_in: Path, stand_in_evaluation: None):
+    study = plan_study(asked(write_config(tmp_path), grid=TWO_ROWS, measure=["test"]))
+    Runner(study, [None], say=print).run()
+    shutil.rmtree(study.folder / "teacher=cross-seed=1/11-22_10-00-run")  # as if there had been no time for it
+    kept = keep_study(study.folder, tmp_path / "kept")
+    assert as_markdown(kept, {}) == as_markdown(results_of_folders([study.folder], []), {})
+    assert overview(kept) == overview(results_of_folders([study.folder], []))
+    assert {path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {
+        "study.json",
+        "job.json",
+        "config.json",
+        "result.json",
+        "log.jsonl",
+    }
+    keep_study(study.folder, tmp_path / "kept")  # once more
+    shutil.rmtree(study.folder)
+    shutil.copytree(tmp_path / "kept", study.folder)
+    said: list[str] = []
+    Runner(study, [None], say=said.append).run()
+    assert [line for line in said if line.startswith("start")] == [
+        "start teacher=cross-seed=1",
+        "start teacher=cross-seed=1 on test",
+    ]
+
+
+def test_a_kept_study_never_replaces_another(tmp_path: Path, stand_in: Path):
+    for name in ("study", "other"):
+        Runner(plan_study(asked(write_config(tmp_path), name=name, seeds=[0])), [None], say=print).run()
+    keep_study(tmp_path / "runs/study", tmp_path / "kept")
+    with pytest.raises(UserError, match="holds the study study; choose another --output"):
+        keep_study(tmp_path / "runs/other", tmp_path / "kept")
+    with pytest.raises(UserError, match="the study itself"):
+        keep_study(tmp_path / "runs/study", tmp_path / "runs/study")
+    with pytest.raises(UserError, match="no study"):
+        keep_study(tmp_path / "runs", tmp_path / "new")
+
+
+def test_a_thinned_log_keeps_validations_and_the_last_line_and_drops_what_is_told_by_class():
+    lines = [{"step": s, "supervised/0": 1 / s, "bank_fill_of_class/0/sky": 0.5} for s in range(1, 101)]
+    lines += [{"step": 50, "val/ensemble": 0.123456, "val_iou/ensemble/sky": 0.5}]
+    kept = thinned(lines, 10)
+    assert [line["step"] for line in kept] == [10, 20, 30, 40, 50, 50, 60, 70, 80, 90, 100]
+    assert {tag for line in kept for tag in line} == {"step", "supervised/0", "val/ensemble"}
+    assert kept[5]["val/ensemble"] == 0.1235
+    assert thinned(lines[:3], 10) == [
+        {"step": 1, "supervised/0": 1.0},
+        {"step": 2, "supervised/0": 0.5},
+        {"step": 3, "supervised/0": 0.3333},
+    ]
+
+
 def test_a_study_does_not_go_on_with_other_code(tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch):
     study = plan_study(asked(write_config(tmp_path)))
     versions = iter(["one", "one", "two", "two"])
@@ -695,7 +831,7 @@ def test_a_study_killed_twice_reports_the_same_as_one_that_was_not(tmp_path: Pat
     demo = faults.tiny_demo(tmp_path / "demo")
     config = faults.write_config(tmp_path, demo)
     study = tmp_path / "runs/study"
-    command = ("-c", config, *GRID[:-1])  # one seed
+    command = ("-c", config, *GRID[:-1], "--measure", "labeled")  # one seed
     status, _, errors = ends(ablate(None, *command))
     assert status == 0, errors
     reference = without_times(files_in(study))

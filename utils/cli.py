@@ -205,7 +205,10 @@ def ablation_parser(presets: Iterable[str]) -> argparse.ArgumentParser:
         "Train every cell of a grid with every seed, go on after interruptions, and report: "
         "report.md, report.html and pictures."
     )
-    parser.epilog = "ablate.py report RUN... makes the same report from any run folders; see ablate.py report --help."
+    parser.epilog = (
+        "Also, each with a --help of its own: ablate.py report RUN... (the same report from any run folders), "
+        "ablate.py keep STUDY (a copy without weights), ablate.py overview STUDY... (short tables)."
+    )
     add = parser.add_argument
     add("-c", "--config", type=Path, required=True, help="JSON file that all runs start from")
     add("-n", "--name", required=True, help="name of the study; everything goes to <checkpoint_dir>/<name>")
@@ -219,6 +222,15 @@ def ablation_parser(presets: Iterable[str]) -> argparse.ArgumentParser:
     )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every cell; default 0 1 2")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key in all runs")
+    add(
+        "--measure",
+        nargs="+",
+        default=[],
+        choices=("test", "unlabeled", "labeled"),
+        metavar="SPLIT",
+        help="also evaluate each run's last checkpoint, once, on: test unlabeled labeled (training images, where they "
+        "have label files)",
+    )
     add("--jobs", type=int, metavar="N", help="runs at a time, default 1; they share the CPU's cores")
     add("--devices", type=_device, nargs="+", metavar="cuda:N", help="one run at a time on each of these")
     add("--dry-run", action="store_true", help="print the runs, what is done, and an estimate of the hours; no more")
@@ -234,6 +246,27 @@ def comparison_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder with runs below it, as a study's")
     add("--output", type=Path, metavar="DIR", help="where it goes; default: the one study's own folder, else report")
+    return parser
+
+
+def keeping_parser() -> argparse.ArgumentParser:
+    """The command line of ``ablate.py keep``."""
+    parser = argparse.ArgumentParser(
+        prog="ablate.py keep",
+        description="Copy what a study found, without its weights: configurations, results, thinned logs, its report.",
+    )
+    parser.add_argument("study", type=Path, help="folder of the study")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for example results/camvid")
+    return parser
+
+
+def overview_parser() -> argparse.ArgumentParser:
+    """The command line of ``ablate.py overview``."""
+    parser = argparse.ArgumentParser(
+        prog="ablate.py overview",
+        description="Print a short Markdown table of each study: its rows on all lists of images.",
+    )
+    parser.add_argument("studies", type=Path, nargs="+", metavar="STUDY", help="folders of studies, kept ones too")
     return parser
 
 

@@ -4,6 +4,7 @@ import datetime
 import fcntl
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -211,6 +212,24 @@ def code_version() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def origin(device: torch.device) -> dict[str, str]:
+    """What a result names of what computed it: the project's commit, torch's version, and the machine."""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return {"commit": code_version(), "torch": torch.__version__, "machine": processor_name(device) + threads}
+
+
+def processor_name(device: torch.device) -> str:
+    """A GPU's name, or the CPU's as Linux calls it, elsewhere its architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} CPU"
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -16,6 +16,8 @@ from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "cross_teacher_deeplabv3+.py"}
+EVALUATION = "evaluateSSL.py"
+SPLITS = ("test", "unlabeled", "labeled")  # that a study may measure besides val
 
 _CROSS, _SELF, _PEER = (f"training.unlabeled.teacher={who}" for who in ("cross", "self", "peer"))
 _NO_HIGH, _NO_LOW = (f"training.contrastive.{level}_weight=0" for level in ("high", "low"))
@@ -57,9 +59,53 @@ class Job:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def is_ready(self) -> bool:
+        return True
+
     def finished(self) -> Path | None:
         """The run folder that holds the result of just this configuration, or None."""
         return finished_run(self.folder, dump_config(self.config))
+
+    def on(self, device: str | None) -> tuple[str, ...]:
+        """The command for a device, or for the one that the script chooses."""
+        return (*self.command, *(["--device", device] if device else []))
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """The last checkpoint of a finished run on another list of images than val, once."""
+
+    job: Job
+    split: str
+
+    @property
+    def folder(self) -> Path:
+        return self.job.folder
+
+    @property
+    def name(self) -> str:
+        return f"{self.job.name} on {self.split}"
+
+    @property
+    def is_ready(self) -> bool:
+        return self.job.finished() is not None
+
+    def finished(self) -> Path | None:
+        """The folder of the result, or None."""
+        run = self.job.finished()
+        found = measured(run, self.job.config.utils.val_protocol) if run is not None else {}
+        return run if self.split in found else None
+
+    def on(self, device: str | None) -> tuple[str, ...]:
+        """The command for a device, of a run that is finished."""
+        run = self.job.finished()
+        assert run is not None, self.name
+        protocol = self.job.config.utils.val_protocol
+        command = ["python3", str(PROJECT / EVALUATION), "--model-path", str(run / "checkpoint.pth")]
+        command += ["--split", self.split, "--protocol", protocol]
+        gpu = {None: None, "cpu": "-1", "cuda": "0"}.get(device, (device or "").rpartition(":")[2])
+        return (*command, *(["--gpu", gpu] if gpu is not None else []))
 
 
 @dataclass(frozen=True)
@@ -70,6 +116,7 @@ class Study:
     folder: Path
     command: tuple[str, ...]
     jobs: tuple[Job, ...]
+    measurements: tuple[Measurement, ...] = ()
 
     @property
     def cells(self) -> list[Cell]:
@@ -94,7 +141,9 @@ def plan_study(args: argparse.Namespace) -> Study:
     command += ["--preset", args.preset] if args.preset else []
     command += [part for axis in args.grid for part in ("--grid", axis)]
     command += [part for setting in args.set for part in ("--set", setting)]
-    return Study(args.name, folder, (*command, "--seeds", *map(str, seeds)), tuple(jobs))
+    command += ["--measure", *args.measure] if args.measure else []
+    measurements = [Measurement(job, split) for job in jobs for split in args.measure]
+    return Study(args.name, folder, (*command, "--seeds", *map(str, seeds)), tuple(jobs), tuple(measurements))
 
 
 def cells(grid: Sequence[str], preset: str | None = None) -> list[Cell]:
@@ -138,6 +187,16 @@ def finished_run(folder: Path, config: dict[str, Any]) -> Path | None:
         if result.get("step") == config["training"]["num_iterations"]:
             return path.parent
     return None
+
+
+def measured(run: Path, protocol: str) -> dict[str, dict[str, Any]]:
+    """Split -> what ``evaluateSSL.py`` found there for the run's last checkpoint, under its own protocol."""
+    last, found = read_json(run / "result.json") or {}, {}
+    for split in SPLITS:
+        result = read_json(run / f"evaluation-{split}-{protocol}" / "result.json")
+        if result is not None and "models" in result and result.get("step") == last.get("step"):
+            found[split] = result
+    return found
 
 
 def steps_text(study: Study) -> str:

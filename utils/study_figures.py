@@ -13,6 +13,19 @@ from utils.study_results import TERMS, Results, Row
 
 INK = "#010203"  # of text and axes; a page's own color in an SVG
 COLORS = ("#3b7dd8", "#e07b39", "#3a9d5d", "#c2456b", "#8a63d2", "#b08a00", "#1a9aa8", "#8a8a8a")
+SIGNALS = {  # title -> tags of the log
+    "pseudo-labels: share of pixels that are right": ("pseudo_label/accuracy/0", "pseudo_label/accuracy/1"),
+    "pseudo-labels: mIoU of a batch": ("pseudo_label/mean_iou/0", "pseudo_label/mean_iou/1"),
+    "pseudo-labels: share of sure pixels": ("pseudo_label/kept/0", "pseudo_label/kept/1"),
+    "pseudo-labels: right among sure pixels": ("pseudo_label/accuracy_of_kept/0", "pseudo_label/accuracy_of_kept/1"),
+    "agreement of the two students": ("agreement/students",),
+    "agreement of the two teachers": ("agreement/teachers",),
+    "agreement of a student with its target": (
+        "agreement/student_and_its_target/0",
+        "agreement/student_and_its_target/1",
+    ),
+    "fill of the memory banks": ("bank_fill/0", "bank_fill/1"),
+}
 LINES = ("-", "--", ":", "-.")
 WIDTH = 6.4  # inches
 STYLE: dict[Any, Any] = {
@@ -99,22 +112,32 @@ def _curves(figure: Any, results: Results) -> bool:
 
 
 def _terms(figure: Any, results: Results) -> bool:
-    """Each loss term over the steps, the mean of both students, smoothed."""
-    curves = {term: {row: row.curve(*(f"{term}/{own}" for own in (0, 1))) for row in results.rows} for term in TERMS}
-    curves = {term: {row: one for row, one in found.items() if one} for term, found in curves.items()}
-    curves = {term: found for term, found in curves.items() if found}
+    """Each loss term over the steps, the mean of both students."""
+    return _panels(figure, results, {term: (f"{term}/0", f"{term}/1") for term in TERMS})
+
+
+def _signals(figure: Any, results: Results) -> bool:
+    """What the unlabeled terms are fed with, and whether the coupling is low: shares of pixels, means over students."""
+    return _panels(figure, results, SIGNALS)
+
+
+def _panels(figure: Any, results: Results, panels: Mapping[str, Sequence[str]]) -> bool:
+    """A curve of each row below each title, the mean of what was logged under its keys, smoothed."""
+    curves = {title: {row: row.curve(*keys) for row in results.rows} for title, keys in panels.items()}
+    curves = {title: {row: one for row, one in found.items() if one} for title, found in curves.items()}
+    curves = {title: found for title, found in curves.items() if found}
     if not curves:
         return False
     down = -(-len(curves) // 2)
     figure.set_size_inches(WIDTH, 2.1 * down + 0.4 + 0.2 * -(-len(results.rows) // 2))
-    places = figure.subplots(down, min(2, len(curves)), squeeze=False).flat
-    for axes, (term, found) in zip(places, curves.items(), strict=False):
+    places = list(figure.subplots(down, min(2, len(curves)), squeeze=False).flat)
+    for axes, (title, found) in zip(places, curves.items(), strict=False):
         for row, curve in found.items():
             _band(axes, _smooth(curve), results, row)
-        axes.set_title(term)
+        axes.set_title(title)
         axes.set_xlabel("step")
         _grid(axes, "both")
-    for axes in list(places)[len(curves) :]:
+    for axes in places[len(curves) :]:
         axes.set_axis_off()
     _legend(figure, *figure.axes)
     return True
@@ -124,6 +147,7 @@ _PICTURES: Mapping[str, tuple[Any, str]] = {
     "bars": (_bars, "mIoU of the ensemble at the last step: mean, standard deviation, and a dot for each seed"),
     "curves": (_curves, "Validation mIoU of the ensemble over the steps: mean and standard deviation over seeds"),
     "terms": (_terms, "Loss terms over the steps, before weighting: mean of both students, smoothed, with the spread"),
+    "signals": (_signals, "What the unlabeled terms learn from, over the steps: means of both students, smoothed"),
 }
 
 

@@ -11,6 +11,8 @@ from utils.study_figures import Picture, draw_pictures
 from utils.study_results import Record, Results, Row
 from utils.study_run import write_whole
 
+OVERVIEW_FACTS = ("dataset", "labeled", "labeled hash", "protocol", "step", "commit", "machine")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -31,21 +33,26 @@ class Commands:
     commands: Sequence[tuple[str, str]]
 
 
-def write_report(results: Results, folder: Path) -> str:
-    """report.md, report.html and the pictures; the text of report.md. The same results give the same bytes."""
+def write_report(results: Results, folder: Path, *, page: bool = True) -> str:
+    """report.md, the pictures and, with ``page``, report.html; the text of report.md. Same results, same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(results)
     for name, picture in pictures.items():
         write_whole(folder / f"{name}.png", picture.png)
     text = as_markdown(results, pictures)
     write_whole(folder / "report.md", text.encode())
-    write_whole(folder / "report.html", as_html(results, pictures).encode())
+    if page:
+        write_whole(folder / "report.html", as_html(results, pictures).encode())
     return text
 
 
 def tables(results: Results) -> list[Table]:
     """All tables, in the order of the report."""
-    found = [_main_table(results), _class_table(results), _runs_table(results), _cost_table(results)]
+    found = [_main_table(results)]
+    for split in results.splits:
+        there = results.on(split)
+        found += [_main_table(there, split), _class_table(there, split)]
+    found += [_class_table(results), _runs_table(results), _cost_table(results)]
     return [table for table in found if table.rows]
 
 
@@ -58,7 +65,7 @@ def results_text(results: Results) -> str:
     return "\n".join([_facts(results), "", *rows, *(["", warning] if warning else [])])
 
 
-def _main_table(results: Results) -> Table:
+def _main_table(results: Results, split: str = "val") -> Table:
     seeds = sorted({record.seed for record in results.records})
     named = f"each seed ({', '.join(map(str, seeds))})" if len(seeds) > 1 else f"seed {seeds[0]}"
     head = ["setting", "ensemble, mIoU %", "one student, mIoU %", "difference"]
@@ -71,13 +78,40 @@ def _main_table(results: Results) -> Table:
         "Mean ± sample standard deviation over seeds, last checkpoint, never the best one. One student: the mean of "
         "both. Difference: of the ensemble to the first row, the mean of the differences of runs with the same seed."
     )
-    return Table("Results", note, [*head, f"ensemble, {named}", f"one student, {named}"], rows)
+    title = "Results"
+    if split != "val":
+        title, note = f"Results on {split}", f"{_what_is_measured(split)} {_facts(results)}."
+    return Table(title, note, [*head, f"ensemble, {named}", f"one student, {named}"], rows)
 
 
-def _class_table(results: Results) -> Table:
+def overview(results: Results) -> str:
+    """A short Markdown table: the ensemble on each list of images, and the difference to the first row."""
+    there = {split: results if split == "val" else results.on(split) for split in ("val", *results.splits)}
+    head = ["setting", "seeds", *(f"{split}, mIoU %" for split in there)]
+    rows = []
+    for index, row in enumerate(results.rows):
+        cells = []
+        for found in there.values():
+            difference = _difference(found.rows[index], found.rows[0]) if index else "-"
+            cells.append(spread(found.rows[index].ensemble) + (f" ({difference})" if difference != "-" else ""))
+        rows.append([row.label, str(len(row.done)), *cells])
+    facts = [f"{key} {results.facts[key]}" for key in OVERVIEW_FACTS if key in results.facts]
+    return f"**{_plain(results.title)}**: {_plain(', '.join(facts))}\n\n{_markdown_table(Table('', '', head, rows))}\n"
+
+
+def _what_is_measured(split: str) -> str:
+    return {
+        "test": "The same checkpoints, each evaluated once.",
+        "unlabeled": "The same checkpoints on the unlabeled training images, against the labels hidden from training.",
+        "labeled": "The same checkpoints on the labeled training images.",
+    }[split]
+
+
+def _class_table(results: Results, split: str = "val") -> Table:
     rows = [[label, *(_number(row.class_iou(label), ".1f") for row in results.rows)] for label in results.class_names]
     note = "Of the ensemble in percent, mean over seeds; - where a class is in no label and no prediction."
-    return Table("IoU of each class", note, ["class", *(row.label for row in results.rows)], rows)
+    title = "IoU of each class" + (f" on {split}" if split != "val" else "")
+    return Table(title, note, ["class", *(row.label for row in results.rows)], rows)
 
 
 def _runs_table(results: Results) -> Table:

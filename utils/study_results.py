@@ -9,16 +9,19 @@ from typing import Any
 
 from utils.config import different_keys
 from utils.errors import UserError
-from utils.study import PROJECT, SCRIPTS, finished_run, read_json, shown
+from utils.study import PROJECT, SCRIPTS, SPLITS, finished_run, measured, read_json, shown
 
 COMPARED = ("dataset", "split", "split hash", "labeled", "labeled hash", "protocol", "step", "commit")
-FACTS = ("dataset", "split", "split hash", "images", "labeled", "labeled hash", "protocol", "step", "commit", "torch")
+FACTS = (*COMPARED[:3], "images", *COMPARED[3:], "torch", "machine")
 TERMS = ("supervised", "cross_teacher", "high_level", "low_level")
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One run. state: "done", or in words how far it came. result: of the finished run alone."""
+    """One run. state: "done", or in words how far it came. result: of the finished run alone, on val.
+
+    measured: the same of other lists of images, by their name.
+    """
 
     label: str
     seed: int
@@ -27,6 +30,7 @@ class Record:
     state: str
     config: Mapping[str, Any] = field(default_factory=dict)
     result: Mapping[str, Any] | None = None
+    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     log: Sequence[Mapping[str, Any]] = ()
 
     def score(self, *models: str) -> float:
@@ -122,6 +126,22 @@ class Results:
         return [record for record in self.records if record.result is None]
 
     @property
+    def splits(self) -> list[str]:
+        """The lists of images besides val on which a run was measured."""
+        return [split for split in SPLITS if any(split in record.measured for record in self.records)]
+
+    def on(self, split: str) -> "Results":
+        """The same with the numbers of another list of images in the place of val's."""
+
+        def measured(record: Record) -> Record:
+            result = record.measured.get(split)
+            state = "not measured" if result is None and record.state == "done" else record.state
+            return replace(record, result=result, state=state)
+
+        rows = [Row(row.label, [measured(record) for record in row.records]) for row in self.rows]
+        return replace(self, rows=rows, facts=_facts([record for row in rows for record in row.records]))
+
+    @property
     def class_names(self) -> list[str]:
         results = [record.result for record in self.records if record.result is not None]
         return list(dict.fromkeys(label for result in results for label in result["models"]["ensemble"]["iou"]))
@@ -181,13 +201,21 @@ def refuse_mixing(records: Iterable[Record]) -> None:
 
 def _results(title: str, command: str, labels: Sequence[str], records: Sequence[Record]) -> Results:
     refuse_mixing(records)
+    rows = [Row(label, [record for record in records if record.label == label]) for label in labels]
+    results = Results(title, command, rows, _facts(records))
+    for split in results.splits:
+        refuse_mixing(results.on(split).records)
+    return results
+
+
+def _facts(records: Iterable[Record]) -> dict[str, str]:
+    """What the results have in common; all values where there are several."""
     done = [record.result for record in records if record.result is not None]
     facts: dict[str, str] = {}
     for key in FACTS:
         values = list(dict.fromkeys(str(result[key]) for result in done if key in result))
         facts |= {key: " and ".join(sorted(values))} if values else {}
-    rows = [Row(label, [record for record in records if record.label == label]) for label in labels]
-    return Results(title, command, rows, facts)
+    return facts
 
 
 def _planned(job: Path, name: str) -> Record:
@@ -217,11 +245,12 @@ def _alone(folder: Path) -> Record:
 
 def _read(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """State, result and log of a run folder."""
-    steps, log, result = config["training"]["num_iterations"], _read_log(folder / "log.jsonl"), None
+    steps, log, result = config["training"]["num_iterations"], read_log(folder / "log.jsonl"), None
     if finished := read_json(folder / "result.json"):
         result = finished if finished.get("step") == steps and "models" in finished else None
+    others = measured(folder, config["utils"]["val_protocol"]) if result else {}
     at = f"unfinished, step {log[-1]['step']} of {steps}" if log else "unfinished, nothing logged yet"
-    return {"state": "done" if result else at, "result": result, "log": log}
+    return {"state": "done" if result else at, "result": result, "measured": others, "log": log}
 
 
 def _failure(job: Path) -> str | None:
@@ -229,7 +258,7 @@ def _failure(job: Path) -> str | None:
     return f"failed, exit status {failed['status']}: {failed['message']}" if failed else None
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of log.jsonl, without one that was cut off by a kill."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from utils.config import dump_config
 from utils.errors import UserError
 from utils.run import code_version
-from utils.study import Job, Study, process_command, read_json, shown, steps_text
+from utils.study import Job, Measurement, Study, process_command, read_json, shown, steps_text
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PAUSE = 0.1  # seconds between two looks at the processes
@@ -24,14 +24,14 @@ Say = Callable[[str], None]
 
 
 class _Running(NamedTuple):
-    job: Job
+    job: Job | Measurement
     place: str | None
     process: subprocess.Popen[bytes]
     files: tuple[Any, ...]
 
 
 class Runner:
-    """Runs a study's jobs. places: devices, or None where the training script chooses; a run at a time on each.
+    """Runs a study's jobs and measurements. places: devices, or None where the script chooses; one at a time on each.
 
     A run is a process in a session of its own, so that a terminal's Ctrl-C reaches it once, from here. It inherits a
     lock on its job's folder: should this process be killed, the next one waits for what it left behind.
@@ -40,7 +40,7 @@ class Runner:
     def __init__(self, study: Study, places: Sequence[str | None], *, say: Say) -> None:
         self.study, self.places, self.say = study, list(places), say
         self.stop_signal: int | None = None
-        self.failed: list[Job] = []
+        self.failed: list[Job | Measurement] = []
         self.problem: UserError | None = None
         self._commit = ""
         self._signals: list[int] = []
@@ -50,7 +50,8 @@ class Runner:
 
     def run(self) -> None:
         """Run what is not done, until all is, or until a signal came and every process has saved and ended."""
-        waiting = [job for job in self.study.jobs if job.finished() is None]
+        everything: list[Job | Measurement] = [*self.study.jobs, *self.study.measurements]
+        waiting = [job for job in everything if job.finished() is None]
         if waiting:
             self._commit = code_version()
             _refuse_other_commit(self.study, self._commit)
@@ -62,6 +63,7 @@ class Runner:
                 time.sleep(PAUSE)
                 self._pass_on_signals()
                 self._collect()
+                waiting = [job for job in waiting if not (isinstance(job, Measurement) and job.job in self.failed)]
         if self.problem is not None and self.stop_signal is None:
             raise self.problem
 
@@ -91,7 +93,7 @@ class Runner:
             for one in self._running:
                 one.process.send_signal(number)
 
-    def _start_some(self, waiting: list[Job]) -> None:
+    def _start_some(self, waiting: list[Job | Measurement]) -> None:
         """Start the next jobs on the places that are free; those that another process works on are left for later."""
         free = list(self.places)
         for one in self._running:
@@ -99,6 +101,8 @@ class Runner:
         for job in list(waiting) if free else ():
             if not free:
                 return
+            if not job.is_ready:
+                continue
             lock = _lock(job.folder)
             if lock is None:
                 if job.name not in self._told_to_wait:
@@ -125,12 +129,11 @@ class Runner:
             )
         return self.problem is not None
 
-    def _start(self, job: Job, place: str | None, lock: Any) -> None:
+    def _start(self, job: Job | Measurement, place: str | None, lock: Any) -> None:
         (job.folder / "failed.json").unlink(missing_ok=True)
         output = (job.folder / "output.txt").open("ab")
-        command = [*process_command(job.command), *(["--device", place] if place else [])]
         process = subprocess.Popen(
-            command,
+            process_command(job.on(place)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -155,7 +158,8 @@ class Runner:
             else:
                 self.failed.append(one.job)
                 message = last_error((one.job.folder / "output.txt").read_text(encoding="utf-8", errors="replace"))
-                write_json(one.job.folder / "failed.json", {"status": status, "message": message})
+                if isinstance(one.job, Job):
+                    write_json(one.job.folder / "failed.json", {"status": status, "message": message})
                 self.say(f"FAILED {one.job.name}: exit status {status}: {message}")
 
 
@@ -204,6 +208,9 @@ def describe_plan(study: Study, places: Sequence[str | None]) -> Iterator[str]:
         else:
             hours, longest = hours + estimate * len(todo), max(longest, estimate)
             yield f"  {estimate:.2f} hours a run, {estimate * len(todo):.2f} hours for {len(todo)}"
+    if study.measurements:
+        splits = ", ".join(dict.fromkeys(one.split for one in study.measurements))
+        yield f"\nthen each run is measured once on: {splits}; not in the estimate"
     if left > unknown:
         both = max(longest, hours / len(places))
         at_once = f", {both:.2f} hours with {len(places)} at a time" if len(places) > 1 else ""

@@ -1,0 +1,77 @@
+"""What is kept of a study among a project's files: enough for its report and for doing a run again, no weights."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.study import SPLITS, finished_run, measured, read_json
+from utils.study_results import Results, read_log, results_of_study
+from utils.study_run import write_json, write_whole
+
+LOG_LINES = 60  # of a run, besides those of validations
+DIGITS = 4  # of logged numbers
+RUN = "run"  # the folder of a kept run, below its job's
+
+
+def keep_study(study: Path, output: Path) -> Results:
+    """Copy the finished runs of a study: configuration, results and a thinned log; all planned runs stay listed.
+
+    UserError where ``study`` is none, its runs cannot share a table, or ``output`` holds another study.
+    """
+    results_of_study(study)
+    planned = read_json(study / "study.json") or {}
+    there = read_json(output / "study.json")
+    if there is not None and there.get("name") != planned["name"]:
+        raise UserError(f"{output} holds the study {there.get('name')}; choose another --output")
+    if output.resolve() == study.resolve():
+        raise UserError("--output is the study itself; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    for name in planned["jobs"]:
+        shutil.rmtree(output / name, ignore_errors=True)
+        _keep_job(study / name, output / name)
+    write_json(output / "study.json", planned)
+    return results_of_study(output)
+
+
+def thinned(lines: Sequence[Mapping[str, Any]], count: int = LOG_LINES) -> list[dict[str, Any]]:
+    """Lines of a log at about ``count`` steps evenly spaced and at every validation, without what is told by class."""
+    validations = [line for line in lines if any(tag.startswith("val/") for tag in line)]
+    others = [line for line in lines if not any(tag.startswith("val/") for tag in line)]
+    stride = max(1, -(-len(others) // count))
+    chosen = [*others[::-1][::stride][::-1], *validations]
+    return [
+        {tag: _rounded(value) for tag, value in line.items() if not _is_of_class(tag)}
+        for line in sorted(chosen, key=lambda line: line["step"])
+    ]
+
+
+def _keep_job(job: Path, output: Path) -> None:
+    about = read_json(job / "job.json") or {}
+    output.mkdir()
+    write_json(output / "job.json", about)
+    run = finished_run(job, about["config"])
+    if run is None:
+        return
+    kept = output / RUN
+    kept.mkdir()
+    for name in ("config.json", "result.json"):
+        shutil.copyfile(run / name, kept / name)
+    protocol = about["config"]["utils"]["val_protocol"]
+    for split in SPLITS:
+        if split in measured(run, protocol):
+            folder = f"evaluation-{split}-{protocol}"
+            (kept / folder).mkdir()
+            shutil.copyfile(run / folder / "result.json", kept / folder / "result.json")
+    text = "".join(json.dumps(line) + "\n" for line in thinned(read_log(run / "log.jsonl")))
+    write_whole(kept / "log.jsonl", text.encode())
+
+
+def _is_of_class(tag: str) -> bool:
+    return "_of_class/" in tag or tag.startswith("val_iou/")
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
