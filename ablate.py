@@ -60,11 +60,9 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def keep(args: argparse.Namespace) -> int:
-    """Copy what is worth keeping, and report on the copy."""
     from utils.study_keep import keep_study
-    from utils.study_report import write_report
 
-    write_report(keep_study(args.study, args.output), args.output, page=False)
+    keep_study(args.study, args.output)
     print(f"kept in {args.output}")
     return 0
 

@@ -15,12 +15,21 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from utils.cli import evaluation_parser, export_parser, prediction_parser, prepare_parser, training_parser
+from utils.cli import (
+    comparison_parser,
+    evaluation_parser,
+    export_parser,
+    keeping_parser,
+    overview_parser,
+    prediction_parser,
+    prepare_parser,
+    training_parser,
+)
 from utils.config import DATASETS, Config, DatasetConfig, Section, check_config, load_config
 
 PROJECT = Path(__file__).parent.parent
 README = PROJECT / "README.md"
-PAGES = [README, *sorted((PROJECT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((PROJECT / "docs").glob("*.md")), PROJECT / "results/README.md"]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MADE_BY_A_COMMAND = {"configs/roads.json", "runs/RUN/config.json"}  # which stands before the one that reads it
@@ -32,6 +41,7 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "export.py": export_parser,
     "prepare_data.py": prepare_parser,
 }
+PARTS_OF_ABLATE = {"report": comparison_parser, "keep": keeping_parser, "overview": overview_parser}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -113,7 +123,7 @@ def texts_of_the_code() -> list[str]:
 def test_the_readme_is_a_door():
     assert len(TEXT[README].splitlines()) < 250
     for page in PAGES[1:]:
-        assert f"](docs/{page.name})" in TEXT[README], "a page that nobody finds"
+        assert f"]({page.relative_to(PROJECT)})" in TEXT[README], "a page that nobody finds"
 
 
 @each_page
@@ -140,6 +150,9 @@ def test_every_command_is_understood(page: str, words: list[str]):
         module = words[1]
         assert (PROJECT / f"{module.replace('.', '/')}.py").is_file(), module
         known = options_of_help(module) if module.startswith("benchmarks.") else set()
+    elif words[0] == "ablate.py" and words[1] in PARTS_OF_ABLATE:
+        PARTS_OF_ABLATE[words[1]]().parse_args(words[2:])
+        known = {word.split("=")[0] for word in words}
     elif words[0] == "ablate.py":
         known = options_of_help("ablate")
     else:

@@ -21,6 +21,7 @@ from tests.conftest import tiny_values
 from utils.config import dump_config, load_config
 from utils.errors import UserError
 from utils.study import PRESETS, SCRIPTS, Study, cells, plan_study, shown
+from utils.study_figures import draw_pictures
 from utils.study_keep import keep_study, thinned
 from utils.study_report import as_markdown, overview, write_report
 from utils.study_results import Record, Results, Row, refuse_mixing, results_of_folders
@@ -732,7 +733,7 @@ def test_what_cannot_be_measured_is_told_and_the_rest_is_done(
 def test_measurements_of_other_images_are_not_mixed(tmp_path: Path, stand_in: Path, stand_in_evaluation: None):
     study = plan_study(asked(write_config(tmp_path), measure=["test"]))
     Runner(study, [None], say=print).run()
-    path = next(study.folder.glob("*/*/evaluation-test-original/result.json"))
+    _, path = sorted(study.folder.glob("*/*/evaluation-test-original/result.json"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"split hash": "another"}))
     with pytest.raises(UserError, match=r"split hash is a .* and another"):
         results_of_folders([study.folder], [])
@@ -751,6 +752,8 @@ def test_a_kept_study_tells_the_same_and_can_be_gone_on_with(tmp_path: Path, sta
         "config.json",
         "result.json",
         "log.jsonl",
+        "report.md",
+        *(f"{name}.png" for name in draw_pictures(kept)),
     }
     keep_study(study.folder, tmp_path / "kept")  # once more
     shutil.rmtree(study.folder)

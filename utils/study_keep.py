@@ -8,6 +8,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.study import SPLITS, finished_run, measured, read_json
+from utils.study_report import write_report
 from utils.study_results import Results, read_log, results_of_study
 from utils.study_run import write_json, write_whole
 
@@ -17,7 +18,7 @@ RUN = "run"  # the folder of a kept run, below its job's
 
 
 def keep_study(study: Path, output: Path) -> Results:
-    """Copy the finished runs of a study: configuration, results and a thinned log; all planned runs stay listed.
+    """Copy the finished runs of a study: configuration, results, a thinned log; its report without the page.
 
     UserError where ``study`` is none, its runs cannot share a table, or ``output`` holds another study.
     """
@@ -33,7 +34,9 @@ def keep_study(study: Path, output: Path) -> Results:
         shutil.rmtree(output / name, ignore_errors=True)
         _keep_job(study / name, output / name)
     write_json(output / "study.json", planned)
-    return results_of_study(output)
+    results = results_of_study(output)
+    write_report(results, output, page=False)
+    return results
 
 
 def thinned(lines: Sequence[Mapping[str, Any]], count: int = LOG_LINES) -> list[dict[str, Any]]:

@@ -1,0 +1,43 @@
+"""The studies in results/: complete, comparable, and told by the pages as their files tell them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from utils.config import dump_config, load_config
+from utils.study import measured
+from utils.study_figures import draw_pictures
+from utils.study_report import as_markdown, overview
+from utils.study_results import results_of_study
+
+PROJECT = Path(__file__).parent.parent
+STUDIES = sorted(path.parent for path in (PROJECT / "results").glob("*/study.json"))
+RUNS = [path.parent for study in STUDIES for path in sorted(study.glob("*/*/result.json"))]
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_the_pages_show_the_tables_that_the_files_give(study: Path):
+    results = results_of_study(study)
+    assert overview(results) in (PROJECT / "results/README.md").read_text()
+    assert (study / "report.md").read_text() == as_markdown(results, draw_pictures(results))
+
+
+def test_the_readme_shows_the_first_study_s_table():
+    shown = [study for study in STUDIES if overview(results_of_study(study)) in (PROJECT / "README.md").read_text()]
+    assert shown
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda path: f"{path.parent.parent.name}/{path.parent.name}")
+def test_a_kept_run_can_be_trained_again_and_says_what_it_is(run: Path):
+    config = load_config(run / "config.json")
+    assert dump_config(config) == json.loads((run / "config.json").read_text())
+    result = json.loads((run / "result.json").read_text())
+    assert result["step"] == config.training.num_iterations
+    assert result["seed"] == config.seed
+    assert not result["commit"].endswith("+"), "made by a committed version"
+    assert all(measured(run, config.utils.val_protocol)[split]["commit"] == result["commit"] for split in ("test",))
+    for key in ("split hash", "labeled hash", "torch", "machine"):
+        assert result[key]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == result["step"]
