@@ -109,3 +109,20 @@ def test_a_run_folder_stands_for_its_best_checkpoint_else_its_last(tmp_path: Pat
         (tmp_path / name).touch()
         assert resolve_checkpoint(tmp_path) == tmp_path / name
     assert resolve_checkpoint(tmp_path / "checkpoint.pth") == tmp_path / "checkpoint.pth"
+
+
+def test_a_loading_process_that_dies_meanwhile_is_not_called_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint(path, {"step": 1})
+    before = path.read_bytes()
+
+    def interrupted(state: object, file: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        save_checkpoint(path, {"step": 2})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

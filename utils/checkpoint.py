@@ -40,6 +40,8 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, keep_old_as: Path | No
         os.close(folder)
     except (OSError, RuntimeError) as error:  # a full disk inside torch.save is a RuntimeError
         temporary.unlink(missing_ok=True)
+        if "DataLoader" in str(error):  # a loading process died just now; torch tells it wherever we are
+            raise
         need, free = _size_of(state) / 2**20, shutil.disk_usage(path.parent).free / 2**20
         raise StorageError(
             f"{path}: cannot write this checkpoint ({error}); it needs {need:,.1f} MiB, {free:,.1f} MiB are free. "

@@ -18,7 +18,7 @@ from utils.batch import Batch
 from utils.checkpoint import older_checkpoints, older_name, save_checkpoint
 from utils.config import Config, dump_config
 from utils.distributed import ALONE, World, average_, parallel
-from utils.errors import CheckpointError, NonFiniteError, StorageError, UserError, loader_errors
+from utils.errors import CheckpointError, LoaderError, NonFiniteError, StorageError, UserError, loader_errors
 from utils.evaluate import Evaluation
 from utils.guard import Guard
 from utils.logger import COSTS, RunLogger
@@ -113,7 +113,11 @@ class Trainer:
             return evaluation
         except UserError as error:  # a damaged image: what was learned so far is kept
             if self.step and not isinstance(error, NonFiniteError | StorageError):
-                self.save_last(together=False)
+                try:
+                    with loader_errors():
+                        self.save_last(together=False)
+                except LoaderError:  # torch may tell the same death twice
+                    self.save_last(together=False)
             raise
         finally:
             logger.close()
