@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import training_overrides, training_parser
 from utils.config import Config, for_network, load_config
@@ -27,8 +27,8 @@ def main(network: str = "DeepLab") -> int:
         return train(args, config, here)
 
 
-def train(args: Namespace, config: Config, here: "World") -> int:
-    """A process's share of the run."""
+def train(args: Namespace, config: Config, here: "World", *, make: Any = None, **more: str) -> int:
+    """A process's share of the run. make: something else than CrossTeacher; more: facts that its results tell."""
     from data import DatasetFiles, evaluation_loader, preview_batch, training_loader
     from model import CrossTeacher, build_students
     from utils.distributed import one_after_another
@@ -43,11 +43,12 @@ def train(args: Namespace, config: Config, here: "World") -> int:
     files, protocol = DatasetFiles(config), config.utils.val_protocol
     if here.is_first:
         files.check_for_training()
-    facts = files.about_labeled()
+    facts = files.about_labeled() | more
     with one_after_another(here):  # one downloads the weights, the others find them
         students = build_students(config)
     run = start_run(config, name=args.name, resume=args.resume, device=args.device, here=here, dry=args.dry_run)
-    method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled"))).to(run.device)
+    make = make or CrossTeacher
+    method = make(students, config, labeled_samples=len(files.ids("labeled"))).to(run.device)
     about = files.about("val") | facts | {"protocol": protocol, "seed": config.seed} | origin(run.device)
 
     def validate(step: int, *, first: int | None = None) -> Evaluation:

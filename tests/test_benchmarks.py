@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.ceiling import RightlyTaught
 from benchmarks.measure import Column, _cell, in_turn, median_ratio, peak_memory
 from benchmarks.photographs import write_dataset
+from data.demo import make_demo_dataset
+from model import build_networks
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 PROJECT = Path(__file__).parent.parent
@@ -112,6 +116,61 @@ def test_evaluation_tells_the_overhead_of_generated_images_and_of_a_configuratio
     assert [row["network"] for row in content["rows"]] == ["DeepLab"]
     assert content["images"] == 2, "fewer than the split holds"
     assert content["label_size"] == [36, 44], "labels count at their own size"
+
+
+@pytest.mark.parametrize("kind", ["truth", "right"])
+def test_ceiling_teaches_no_pixel_wrongly(tiny_config, batches, kind: str):
+    config = tiny_config(training__unlabeled__mix_mask="class")
+    method = RightlyTaught(build_networks(config), config, labeled_samples=4, kind=kind)
+    _, unlabeled = batches(3)
+    hidden = torch.randint(3, unlabeled.labels.shape, generator=torch.Generator().manual_seed(2))
+    hidden[0, :5] = config.ignore_label
+    corrected = method.correct(unlabeled._replace(hidden=hidden))
+    targets = [method.predict_target(own, peer, unlabeled.images) for own, peer in ((0, 1), (1, 0))]
+    view = method.strong_view(0, corrected, targets, step=0)
+    assert torch.equal(view.pseudo_label[view.valid], hidden.flatten()[view.source][view.valid])
+    wrong = sum(teacher.predict(unlabeled.images).argmax(dim=1) != hidden for teacher in method.teachers)
+    known = unlabeled.valid & (hidden != config.ignore_label)
+    assert torch.equal(corrected.valid, known if kind == "truth" else known & (wrong == 0))
+    assert 0 < int(corrected.valid.sum()) < hidden.numel()
+    again = method.predict_target(0, 1, unlabeled.images)
+    assert torch.equal(again, method.teachers[1].predict(unlabeled.images)), "other images have the teacher's word"
+
+
+def test_ceiling_leaves_steps_without_pseudo_labels_alone(tiny_config, batches):
+    config = tiny_config(training__unlabeled__start_iteration=1)
+    method = RightlyTaught(build_networks(config), config, labeled_samples=4, kind="truth")
+    assert set(method.training_step(*batches(), step=0)) == {("supervised", 0), ("supervised", 1)}
+    with pytest.raises(UserError, match="no label maps"):
+        method.training_step(*batches(), step=1)
+
+
+@pytest.mark.slow
+def test_ceiling_says_what_it_taught_and_no_other_command_continues_it(tmp_path: Path):
+    make_demo_dataset(tmp_path / "data", labeled=8, unlabeled=2, val=1)
+    options = ["--config", "configs/configDemo.json", "--name", "one", "--data-root", str(tmp_path / "data")]
+    for value in ("batch_size=2", "num_iterations=2", "unlabeled.start_iteration=0", "num_workers=0"):
+        options += ["--set", f"training.{value}"]
+    options += ["--set", f"utils.checkpoint_dir={tmp_path}", "--resume", "auto", "--set"]
+
+    def train(*command: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, cwd=PROJECT, timeout=600, env=environment
+        )
+
+    def only_file(name: str) -> Path:
+        (path,) = tmp_path.glob(f"*-one/{name}")
+        return path
+
+    done = train("-m", "benchmarks.ceiling", "--pseudo-labels", "truth", *options, "utils.log_per_iter=1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(only_file("result.json").read_text())["pseudo_labels"] == "truth"
+    lines = [json.loads(line) for line in only_file("log.jsonl").read_text().splitlines()]
+    assert [line["pseudo_label/accuracy/0"] for line in lines if "pseudo_label/accuracy/0" in line] == [1.0, 1.0]
+    refused = train("cross_teacher_contr.py", *options, "utils.log_per_iter=1")
+    assert refused.returncode == 2
+    assert "'pseudo_labels': 'truth'" in refused.stderr
 
 
 def test_peak_memory_is_exact_and_knows_what_an_operation_needs_inside():
