@@ -199,7 +199,10 @@ class CrossTeacher(nn.Module):
             flips = draw_flips(len(valid), generator)
             parts = [horizontal_flip(part, flips) for part in parts]
         images, probabilities, source, valid = parts
-        images = strong_augment(images, generator, color_jitter=options.color_jitter, blur=options.blur)
+        strength = options.jitter_strength
+        images = strong_augment(
+            images, generator, color_jitter=options.color_jitter, blur=options.blur, jitter_strength=strength
+        )
         confidence, pseudo_label = probabilities.max(dim=1)
         return StrongView(images, probabilities, confidence, pseudo_label, source, valid)
 

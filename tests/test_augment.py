@@ -172,6 +172,27 @@ def test_jitter_and_blur_happen_with_other_probabilities() -> None:
         assert abs(changed - 300 * probability) < 4 * math.sqrt(300 * probability * (1 - probability))
 
 
+def test_jitter_strength_reaches_another_factor_than_its_own() -> None:
+    for seed in range(4):
+        still = strong_augment(sample(), seeded(seed), color_jitter=True, blur=False, jitter_strength=(0, 0, 0, 0))
+        torch.testing.assert_close(still, sample(), rtol=0, atol=2e-6)
+    grey = torch.full((8, 3, 4, 4), 0.5)
+    colors = torch.tensor([0.9, 0.5, 0.1]).view(1, 3, 1, 1).expand(8, 3, 4, 4)
+    for place, (images, is_still) in enumerate([(grey, False), (grey, False), (grey, True), (grey, True)]):
+        strength = [0.2 * (index == place) for index in range(4)]
+        generator = seeded(3)
+        augmented = strong_augment(images, generator, color_jitter=True, blur=False, jitter_strength=strength)
+        assert torch.allclose(augmented, images, atol=1e-6) == is_still, "saturation and hue leave grey alone"
+    for place, keeps_value in enumerate([False, False, True, True]):
+        strength = [0.2 * (index == place) for index in range(4)]
+        augmented = strong_augment(colors, seeded(3), color_jitter=True, blur=False, jitter_strength=strength)
+        assert not torch.allclose(augmented, colors, atol=1e-3)
+        assert torch.allclose(augmented.amax(1), colors.amax(1), atol=1e-6) == keeps_value
+        assert place != 3 or torch.allclose(augmented.amin(1), colors.amin(1), atol=1e-6), (
+            "a turn of the hue keeps both"
+        )
+
+
 def test_blur_strength_is_drawn_outside_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
 

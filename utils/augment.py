@@ -5,6 +5,7 @@ factors. Images are (B, 3, H, W) float RGB in 0..1.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -147,7 +148,14 @@ def horizontal_flip(data: Tensor, flips: Tensor) -> Tensor:
     return torch.where(flips, data.flip(-1), data)
 
 
-def strong_augment(images: Tensor, generator: torch.Generator, *, color_jitter: bool, blur: bool) -> Tensor:
+def strong_augment(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    color_jitter: bool,
+    blur: bool,
+    jitter_strength: Sequence[float] = (JITTER_STRENGTH,) * 4,
+) -> Tensor:
     """Colour jitter with probability 0.8 and blur with probability 0.5, each drawn once for the batch.
 
     Args:
@@ -155,12 +163,17 @@ def strong_augment(images: Tensor, generator: torch.Generator, *, color_jitter: 
         generator: CPU generator.
         color_jitter: whether jitter may happen.
         blur: whether blur may happen.
+        jitter_strength: of brightness, contrast, saturation, hue, see `draw_color_jitter`.
 
     Returns:
         (B, 3, H, W) in 0..1.
     """
     if color_jitter and float(torch.rand((), generator=generator)) < JITTER_PROBABILITY:
-        images = apply_color_jitter(images, draw_color_jitter(images.shape[0], generator))
+        brightness, contrast, saturation, hue = jitter_strength
+        factors = draw_color_jitter(
+            images.shape[0], generator, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue
+        )
+        images = apply_color_jitter(images, factors)
     if blur and float(torch.rand((), generator=generator)) < BLUR_PROBABILITY:
         low, high = BLUR_SIGMA
         images = gaussian_blur(images, low + (high - low) * float(torch.rand((), generator=generator)))

@@ -19,6 +19,7 @@ from utils.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Hue = Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)]  # in turns of the color circle
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[str, Field(pattern=r"^\s*[1-9]\d*\s*,\s*[1-9]\d*\s*$")]
@@ -247,6 +248,10 @@ class UnlabeledConfig(Section):
     )
     flip: bool = Field(False, description="mirror each strong view with probability 0.5")
     color_jitter: bool = Field(True, description="color jitter on the strong view, with probability 0.8 a batch")
+    jitter_strength: tuple[Probability, Probability, Probability, Hue] = Field(
+        (0.25, 0.25, 0.25, 0.25),
+        description="of brightness, contrast and saturation (around 1), and of hue (in turns around 0, up to 0.5)",
+    )
     blur: bool = Field(True, description="Gaussian blur on the strong view, with probability 0.5 a batch")
     strong_view: Literal["independent", "shared"] = Field(
         "independent", description="each student's view drawn from its own cross teacher, or one view for both"
