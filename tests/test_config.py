@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -90,6 +90,7 @@ BAD = {
         {"training__unlabeled__start_iteration": 5, "training__contrastive__contrast_start": 2},
         "must not be before",
     ),
+    "hue beyond half a turn": ({"training__unlabeled__jitter_strength": [0, 0, 0, 0.6]}, "jitter_strength.3 = 0.6"),
     "odd feature channels": ({"feature_channels": 33}, "multiple of 32"),
     "missing dataset": ({"dataset": None}, "dataset"),
 }
@@ -104,6 +105,18 @@ def test_a_bad_value_is_named_with_key_and_expectation(case: str):
     assert str(error.value).startswith("my.json: ")
     assert "pydantic" not in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training__unlabeled__train_unlabeled": False},
+        {"training__contrastive__high_weight": 0, "training__contrastive__low_weight": 0},
+    ],
+)
+def test_the_start_of_terms_that_are_not_trained_does_not_matter(changes: dict[str, Any]):
+    late = {"training__unlabeled__start_iteration": 5, "training__contrastive__contrast_start": 2}
+    assert check_config(tiny_values(**late, **changes), source="my.json").training.unlabeled.start_iteration == 5
 
 
 def test_all_errors_are_reported_at_once():

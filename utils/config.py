@@ -344,8 +344,9 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _contrast_needs_unlabeled(self) -> "TrainingConfig":
-        start = self.contrastive.contrast_start
-        if start is not None and self.unlabeled.train_unlabeled and start < self.unlabeled.start_iteration:
+        start, weights = self.contrastive.contrast_start, self.contrastive.high_weight + self.contrastive.low_weight
+        is_trained = self.unlabeled.train_unlabeled and weights > 0
+        if start is not None and is_trained and start < self.unlabeled.start_iteration:
             raise ValueError("contrastive.contrast_start must not be before unlabeled.start_iteration")
         if self.compile and self.checkpoint_activations:
             raise ValueError("compile and checkpoint_activations do not go together; choose one")
