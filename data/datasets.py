@@ -87,6 +87,17 @@ class DatasetFiles:
             )
         return label
 
+    def class_shares(self) -> np.ndarray:
+        """(C,) float64: the share of each class among the labeled pixels of the labeled images; sums to 1."""
+        classes = self.config.num_classes
+
+        def count(identifier: str) -> np.ndarray:
+            return np.bincount(self.read_classes(identifier).ravel(), minlength=256)[:classes]
+
+        with ThreadPoolExecutor() as pool:
+            counts = sum(pool.map(count, self.ids("labeled")), np.zeros(classes))
+        return counts / counts.sum()
+
     def check_for_training(self) -> None:
         """All files that a run will read are there, and the label maps hold classes."""
         if self.config.training.unlabeled.train_unlabeled:

@@ -9,6 +9,7 @@ Shapes: B batch, C classes, D feature channels, H x W image, h x w feature grid.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +23,14 @@ from utils.batch import Batch
 from utils.config import Config
 from utils.contrast import high_level_contrast, low_level_contrast
 from utils.distributed import average_, gather
-from utils.losses import confident_share, cross_entropy, mean_squared_error, pixel_weight, weighted_cross_entropy
+from utils.losses import (
+    confident_share,
+    cross_entropy,
+    logit_shift,
+    mean_squared_error,
+    pixel_weight,
+    weighted_cross_entropy,
+)
 from utils.mixing import draw_mix_masks, mix
 from utils.randomness import keyed_seed
 
@@ -52,6 +60,7 @@ class CrossTeacher(nn.Module):
     """Two students, two teachers, two memory banks; ``state_dict`` is all that the method remembers.
 
     networks: two networks that start from different weights. labeled_samples: number of labeled images.
+    class_shares: (C,) of the labeled pixels, which ``logit_adjustment`` needs in training.
     """
 
     # Each a ModuleList, named here by what it holds.
@@ -59,10 +68,18 @@ class CrossTeacher(nn.Module):
     teachers: Sequence[EmaTeacher]
     banks: Sequence[MemoryBank]
     banks_were_ready: Tensor
+    logit_shift: Tensor | None
     record: StepRecord | None
     observed: dict[str, Tensor]
 
-    def __init__(self, networks: Sequence[SegmentationNetwork], config: Config, *, labeled_samples: int) -> None:
+    def __init__(
+        self,
+        networks: Sequence[SegmentationNetwork],
+        config: Config,
+        *,
+        labeled_samples: int,
+        class_shares: np.ndarray | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.labeled_samples = config, labeled_samples
         self.unlabeled, self.contrastive = config.training.unlabeled, config.training.contrastive
@@ -79,6 +96,8 @@ class CrossTeacher(nn.Module):
         }
         # Never turns back, also when a class is first seen later; a buffer, so that a resumed run knows it too.
         self.register_buffer("banks_were_ready", torch.tensor(False))
+        shift = None if class_shares is None else logit_shift(class_shares, config.training.logit_adjustment)
+        self.register_buffer("logit_shift", shift, persistent=False)
         self.recording, self.record, self.observed = False, None, {}  # see ``observe``
         self.contrast_started = False  # the same once it is True, known without waiting for the device
 
@@ -96,9 +115,10 @@ class CrossTeacher(nn.Module):
         terms = self.active_terms(step)
         losses: Losses = {}
         seen = [student(student.normalization(labeled.images)) for student in self.students]
+        labels, ignore = labeled.labels, self.config.ignore_label
         for own, _ in PEERS:
-            logits = upsample(seen[own].logits, labeled.labels)
-            losses["supervised", own] = cross_entropy(logits, labeled.labels, self.config.ignore_label)
+            logits = upsample(seen[own].logits, labels)
+            losses["supervised", own] = cross_entropy(logits, labels, ignore, self.logit_shift)
         if terms == ["supervised"] or unlabeled is None:
             return losses
 

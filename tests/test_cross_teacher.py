@@ -2,12 +2,15 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model import CrossTeacher, build_networks
 from model.cross_teacher import shrink
+from model.teacher import upsample
 from utils.batch import Batch
 from utils.config import Config
 
@@ -101,6 +104,22 @@ def test_the_baseline_trains_the_supervised_term_only(tiny_config, batches):
     losses = method.training_step(labeled, None, step=100)
     assert set(losses) == {("supervised", 0), ("supervised", 1)}
     method.total_loss(losses, step=100).backward()
+
+
+def test_logit_adjustment_changes_the_supervised_term_and_nothing_that_is_saved(tiny_config, batches):
+    config = tiny_config(training__logit_adjustment=0.5)
+    shares = np.array([0.7, 0.2, 0.1])
+    method = CrossTeacher(build_networks(config), config, labeled_samples=4, class_shares=shares).train()
+    labeled, _ = batches()
+    torch.manual_seed(1)  # of dropout
+    seen = [student(student.normalization(labeled.images)).logits for student in method.students]
+    torch.manual_seed(1)
+    losses = method.training_step(labeled, None, step=0)
+    for own in (0, 1):
+        adjusted = upsample(seen[own], labeled.labels) + 0.5 * torch.tensor(shares).float().log().view(3, 1, 1)
+        expected = F.cross_entropy(adjusted, labeled.labels, ignore_index=config.ignore_label)
+        torch.testing.assert_close(losses["supervised", own], expected)
+    assert set(method.state_dict()) == set(build(config).state_dict()), "checkpoints of before can be continued"
 
 
 def test_the_terms_start_when_they_should(tiny_config, batches):

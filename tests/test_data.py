@@ -117,6 +117,18 @@ def test_validation_on_training_images_is_said(config, root: Path):
         DatasetFiles(config()).check_for_training()
 
 
+def test_class_shares_count_the_labeled_pixels_of_the_labeled_images(config, root: Path):
+    files, counts = DatasetFiles(config()), np.zeros(256)
+    for name in IDS[:3]:
+        counts += np.bincount(np.asarray(Image.open(root / f"SegmentationClassAug/{name}.png")).ravel(), minlength=256)
+    assert files.class_shares() == pytest.approx(counts[:3] / counts[:3].sum())
+    for name in IDS[:3]:  # one image of 0s, two of ignored pixels and 2s in equal numbers
+        label = np.zeros((50, 60), np.uint8) if name == IDS[0] else np.full((50, 60), 2, np.uint8)
+        label[:25] = 0 if name == IDS[0] else 255
+        Image.fromarray(label).save(root / f"SegmentationClassAug/{name}.png")
+    assert files.class_shares() == pytest.approx([0.5, 0, 0.5])
+
+
 def test_label_maps_without_any_label_are_refused(config, root: Path):
     for name in IDS[6:]:
         Image.fromarray(np.full((50, 60), 255, dtype=np.uint8)).save(root / f"SegmentationClassAug/{name}.png")

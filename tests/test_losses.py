@@ -12,6 +12,7 @@ from utils.losses import (
     PIXEL_WEIGHTS,
     confident_share,
     cross_entropy,
+    logit_shift,
     mean_squared_error,
     pixel_weight,
     weighted_cross_entropy,
@@ -172,3 +173,18 @@ def test_losses_wait_for_the_accelerator(kind: str) -> None:
     loss = loss + mean_squared_error(x, x.softmax(1), valid=valid) * confident_share(weight, valid)
     loss.backward()
     assert x.grad is not None
+
+
+def test_logit_adjustment_does_not_make_the_balanced_prediction_the_best_one() -> None:
+    # Pixels that look alike, half of class 0, a quarter each of 1 and 2: the best prediction is balanced at strength 1.
+    target, shares = torch.tensor([[[0, 0, 1, 2]]]), np.array([0.5, 0.25, 0.25])
+    for strength, best in ((0.0, shares), (0.5, np.sqrt(shares)), (1.0, np.ones(3))):
+        x = torch.tensor(best, dtype=torch.float32).log().view(1, 3, 1, 1).expand(1, 3, 1, 4).clone().requires_grad_()
+        cross_entropy(x, target, 255, logit_shift(shares, strength)).backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad.sum(dim=(0, 2, 3)), torch.zeros(3), atol=1e-7, rtol=0)
+
+
+def test_logit_adjustment_is_infinite_for_a_class_without_labels() -> None:
+    shift = logit_shift(np.array([0.75, 0.0, 0.25]), 2.0)
+    torch.testing.assert_close(shift, 2 * torch.tensor([0.75, 0.25, 0.25]).log())

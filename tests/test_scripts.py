@@ -145,6 +145,17 @@ def test_train_resume_and_evaluate_by_command(tmp_path: Path, demo: Path, networ
 
 
 @pytest.mark.slow
+def test_the_script_tells_the_method_the_class_shares_that_logit_adjustment_needs(tmp_path: Path, demo: Path):
+    config, losses = write_config(tmp_path, demo, training__num_iterations=1), []
+    for strength in (0, 1):
+        folder = tmp_path / str(strength)
+        options = ("--set", f"training.logit_adjustment={strength}", "--set", f"utils.checkpoint_dir={folder}")
+        done = run(SCRIPTS["DeepLab"], "--config", config, "--name", "test", *options)
+        assert done.returncode == 0, done.stderr
+        losses.append(json.loads(next(folder.glob("*/log.jsonl")).read_text().splitlines()[0])["supervised/0"])
+    assert losses[0] != pytest.approx(losses[1], rel=0.01)
+
+
 def test_a_run_on_a_json_block_with_other_folders_file_types_and_palette(tmp_path: Path, demo: Path):
     root = tmp_path / "mine"
     for folder in ("photos", "masks"):

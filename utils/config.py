@@ -317,6 +317,11 @@ class TrainingConfig(Section):
     head_lr_multiplier: Rate = Field(10.0, description="rate of everything but the backbone, over the base rate")
     lr_schedule: Literal["Poly"] | None = Field("Poly", description="`base * (1 - t/T)^power`; null: constant")
     lr_schedule_power: Weight = Field(0.9, description="power of the schedule")
+    logit_adjustment: Weight = Field(
+        0.0,
+        description="how much the supervised term favors rare classes: it sees logits + this * log(share of the class "
+        "among the labeled pixels) (Menon et al. 2021); 0: the paper, 1: as if all classes were equally frequent",
+    )
     weight_decay: Weight = Field(5e-4, description="of SGD")
     decay_norm_and_bias: bool = Field(
         True, description="weight decay on norm parameters and biases too, as the release"

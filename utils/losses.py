@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,19 +17,36 @@ POWER = 6  # exponent of the "power" weight
 RAMP_UP_STEPS = 10_000  # the "sigmoid" weight reaches 1 at this step
 
 
-def cross_entropy(logits: Tensor, target: Tensor, ignore_label: int) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, ignore_label: int, shift: Tensor | None = None) -> Tensor:
     """Mean cross entropy over the labeled pixels (L_sup).
 
     Args:
         logits: (B, C, H, W) float.
         target: (B, H, W) int64, a class in 0..C-1 or `ignore_label` (no label there).
         ignore_label: value of `target` that is left out of the mean.
+        shift: (C,) float32, added to the logits of each pixel (`logit_shift`); None: nothing is added.
 
     Returns:
         () float32. Without a single labeled pixel it is 0 with a graph, never NaN.
     """
+    if shift is not None:
+        logits = logits.float() + shift.view(-1, 1, 1)
     total = F.cross_entropy(logits.float(), target, ignore_index=ignore_label, reduction="sum")
     return total / (target != ignore_label).sum().clamp(min=1)
+
+
+def logit_shift(class_shares: np.ndarray, strength: float) -> Tensor:
+    """What logit adjustment adds to the logits (Menon et al. 2021, Long-tail learning via logit adjustment).
+
+    Args:
+        class_shares: (C,) float, the share of each class among the labeled pixels.
+        strength: 0 adds nothing; 1 leads to predictions as if all classes were equally frequent.
+
+    Returns:
+        (C,) float32: `strength * log(share)`; for a class without a labeled pixel that of the rarest one that has some.
+    """
+    shares = torch.as_tensor(class_shares, dtype=torch.float32)
+    return strength * shares.clamp(min=float(shares[shares > 0].min())).log()
 
 
 def weighted_cross_entropy(logits: Tensor, pseudo_label: Tensor, weight: Tensor, ignore_label: int) -> Tensor:
