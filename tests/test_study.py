@@ -122,7 +122,11 @@ def make_run(
     path.unlink()
     (folder / "config.json").write_text(json.dumps(dump_config(config)))
     models = {
-        name: {"mean_iou": value, "iou": {"sky": value, "road": value / 2, "ghost": None}}
+        name: {
+            "mean_iou": value,
+            "pixel_accuracy": value + 0.1,
+            "iou": {"sky": value, "road": value / 2, "ghost": None},
+        }
         for name, value in (("student_0", score - 0.1), ("student_1", score - 0.2), ("ensemble", score))
     }
     lines: list[dict[str, Any]] = [{"step": step, "val/ensemble": score * step / 8} for step in (4, 8)]
@@ -333,7 +337,8 @@ def test_means_spreads_and_paired_differences_are_those_computed_by_hand(tmp_pat
     assert second.differences(first) == pytest.approx({0: 12, 1: 7, 2: 2})
     assert second.curve("val/ensemble")[4] == pytest.approx([0.26, 0.285, 0.31])
     assert first.curve("supervised/0", "supervised/1")[4] == pytest.approx([0.5, 0.5, 0.5])
-    assert (first.class_iou("road"), first.class_iou("ghost")) == (pytest.approx(25), None)
+    assert first.records[1].class_iou("road") == pytest.approx(25)
+    assert first.records[1].class_iou("ghost") is None
     write_report(results, tmp_path / "out")
     main, classes, runs, cost = page_of(tmp_path / "out").tables
     assert main[1][1:] == [
@@ -344,7 +349,8 @@ def test_means_spreads_and_paired_differences_are_those_computed_by_hand(tmp_pat
     assert main[2][1:4] == ["57.0 ± 5.0", "42.0 ± 5.0", "+7.0"]
     assert classes == [
         ["class", *(row.label for row in results.rows)],
-        ["sky", "50.0", "57.0"], ["road", "25.0", "28.5"], ["ghost", "-", "-"],
+        ["sky", "50.0", "57.0 (+7.0)"], ["road", "25.0", "28.5 (+3.5)"], ["ghost", "-", "-"],
+        ["pixel accuracy", "60.0", "67.0 (+7.0)"],
     ]  # fmt: skip
     assert {row[2] for row in runs[1:]} == {"done"}
     assert cost[1][2:] == ["-", "-", "-"]
@@ -890,7 +896,7 @@ def test_a_browser_shows_the_tables_and_the_curves(tmp_path: Path):
         title = re.search(r"<title>(.*?)</title>", done.stdout)
         assert title is not None
         found = json.loads(title[1])
-        assert found["tables"] == [3, 4, 7, 7]
+        assert found["tables"] == [3, 5, 7, 7]
         assert found["overflow"] <= 0, "only tables and pictures scroll sideways, the page does not"
         assert found["requests"] == 0
         assert len(found["curves"]) == 3

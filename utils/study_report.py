@@ -4,11 +4,12 @@ import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 
 from utils.study_figures import Picture, draw_pictures
-from utils.study_results import Record, Results, Row
+from utils.study_results import Measure, Record, Results, Row
 from utils.study_run import write_whole
 
 OVERVIEW_FACTS = ("dataset", "labeled", "labeled hash", "protocol", "step", "commit", "machine")
@@ -108,10 +109,24 @@ def _what_is_measured(split: str) -> str:
 
 
 def _class_table(results: Results, split: str = "val") -> Table:
-    rows = [[label, *(_number(row.class_iou(label), ".1f") for row in results.rows)] for label in results.class_names]
-    note = "Of the ensemble in percent, mean over seeds; - where a class is in no label and no prediction."
+    measures: dict[str, Measure] = {label: partial(Record.class_iou, label=label) for label in results.class_names}
+    measures["pixel accuracy"] = Record.pixel_accuracy
+    rows = [[label, *(_mean_and_difference(row, results.rows[0], of) for row in results.rows)]
+            for label, of in measures.items()]  # fmt: skip
+    note = (
+        "Of the ensemble in percent, mean over seeds (in brackets: the mean difference to the first row, same seeds); "
+        "- where a class is in no label and no prediction."
+    )
     title = "IoU of each class" + (f" on {split}" if split != "val" else "")
     return Table(title, note, ["class", *(row.label for row in results.rows)], rows)
+
+
+def _mean_and_difference(row: Row, reference: Row, of: Measure) -> str:
+    found, differences = row.values(of), row.differences(reference, of)
+    if not found:
+        return "-"
+    difference = f" ({statistics.mean(differences.values()):+.1f})" if differences and row is not reference else ""
+    return f"{statistics.mean(found.values()):.1f}{difference}"
 
 
 def _runs_table(results: Results) -> Table:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,14 @@ class Record:
     def student(self) -> float:
         return self.score("student_0", "student_1")
 
+    def class_iou(self, label: str) -> float | None:
+        """The ensemble's IoU of a class in percent; None where the class is in no label and no prediction."""
+        return self._of_ensemble(lambda found: found["iou"].get(label))
+
+    def pixel_accuracy(self) -> float | None:
+        """The share of labeled pixels of which the ensemble is right, in percent; None where it was not kept."""
+        return self._of_ensemble(lambda found: found.get("pixel_accuracy"))
+
     def seconds_per_step(self) -> float | None:
         """The median of what was logged, None where nothing was."""
         found = self._logged("seconds_per_step")
@@ -65,8 +73,15 @@ class Record:
         lines = ((line["step"], [line[key] for key in keys if _is_number(line.get(key))]) for line in self.log)
         return {step: statistics.mean(values) for step, values in lines if values}
 
+    def _of_ensemble(self, part: Callable[[Mapping[str, Any]], float | None]) -> float | None:
+        value = part(self.result["models"]["ensemble"]) if self.result is not None else None
+        return None if value is None else 100 * value
+
     def _logged(self, key: str) -> list[float]:
         return [line[key] for line in self.log if _is_number(line.get(key))]
+
+
+Measure = Callable[[Record], float | None]  # a number of a finished run, None where it has none
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,16 +103,14 @@ class Row:
     def student(self) -> list[float]:
         return [record.student for record in self.done]
 
-    def differences(self, reference: "Row") -> dict[int, float]:
-        """Seed -> the ensemble's mIoU less that of the other row's run of the same seed."""
-        theirs = {record.seed: record.ensemble for record in reference.done}
-        return {r.seed: r.ensemble - theirs[r.seed] for r in self.done if r.seed in theirs}
+    def values(self, of: Measure) -> dict[int, float]:
+        """Seed -> what ``of`` finds in that seed's finished run, where it finds a number."""
+        return {record.seed: value for record in self.done if (value := of(record)) is not None}
 
-    def class_iou(self, label: str) -> float | None:
-        """The ensemble's IoU of a class in percent, mean over the seeds; None where it is absent."""
-        found = [record.result["models"]["ensemble"]["iou"].get(label) for record in self.done if record.result]
-        present = [100 * value for value in found if value is not None]
-        return statistics.mean(present) if present else None
+    def differences(self, reference: "Row", of: Measure = lambda record: record.ensemble) -> dict[int, float]:
+        """Seed -> ``of``, by default the ensemble's mIoU, less that of the other row's run of the same seed."""
+        ours, theirs = self.values(of), reference.values(of)
+        return {seed: value - theirs[seed] for seed, value in ours.items() if seed in theirs}
 
     def curve(self, *keys: str) -> dict[int, list[float]]:
         """Step -> a value of each finished run that logged one there."""
