@@ -156,6 +156,7 @@ def test_the_script_tells_the_method_the_class_shares_that_logit_adjustment_need
     assert losses[0] != pytest.approx(losses[1], rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_json_block_with_other_folders_file_types_and_palette(tmp_path: Path, demo: Path):
     root = tmp_path / "mine"
     for folder in ("photos", "masks"):
