@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -101,7 +102,8 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 def asked(config: Path, **changes: Any) -> argparse.Namespace:
     """What the command line gives, as it is where nothing is asked for."""
-    plain = {"config": config, "name": "study", "preset": None, "grid": [], "seeds": [0, 1], "set": [], "measure": []}
+    plain = {"config": config, "name": "study", "seeds": [0, 1]}
+    plain |= {"preset": None, "rows": [], "grid": [], "set": [], "measure": []}
     return argparse.Namespace(**plain | changes)
 
 
@@ -254,9 +256,21 @@ def test_a_grid_multiplies_a_preset_and_set_reaches_all_rows(tmp_path: Path):
     assert [job.config.training.unlabeled.mix_mask for job in study.jobs] == ["cut", "class"] * 7
 
 
+def test_rows_of_a_preset_are_the_same_runs_whether_chosen_or_all(tmp_path: Path):
+    config = write_config(tmp_path)
+    chosen = plan_study(asked(config, preset="paper", rows=["full CTT", "supervised"], measure=["test"]))
+    rows = ("supervised", "full_CTT")
+    assert [job.name for job in chosen.jobs] == [f"{row}-seed={seed}" for seed in (0, 1) for row in rows]
+    everything = {job.name: job.command for job in plan_study(asked(config, preset="paper")).jobs}
+    assert {job.name: job.command for job in chosen.jobs}.items() <= everything.items()
+    assert "--rows supervised 'full CTT' --measure" in shlex.join(chosen.command)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"preset": "paper", "rows": ["full"]}, '--rows "full": the preset paper has "supervised", "two'),
+        ({"rows": ["full CTT"]}, "give --preset too"),
         ({"preset": "paper", "grid": ["training.unlabeled.teacher=cross,self"]}, "preset paper sets this key itself"),
         ({"preset": "paper", "set": ["training.contrastive.low_weight=0"]}, "would be the same configuration"),
         ({"grid": ["training.learning_rate=0.1,0.10"]}, "would be the same configuration"),

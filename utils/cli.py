@@ -213,6 +213,7 @@ def ablation_parser(presets: Iterable[str]) -> argparse.ArgumentParser:
     add("-c", "--config", type=Path, required=True, help="JSON file that all runs start from")
     add("-n", "--name", required=True, help="name of the study; everything goes to <checkpoint_dir>/<name>")
     add("--preset", choices=sorted(presets), help="rows that have names; paper: the ablation of the paper")
+    add("--rows", nargs="+", default=[], metavar="ROW", help="of the preset, by name; default: all of its rows")
     add(
         "--grid",
         metavar="KEY=V1,V2",

@@ -129,7 +129,7 @@ def plan_study(args: argparse.Namespace) -> Study:
         raise UserError("the seeds are given with --seeds, not with --set or --grid")
     seeds = sorted(args.seeds)
     folder = Path(load_config(args.config, overrides=args.set).utils.checkpoint_dir) / args.name
-    rows = cells(args.grid, args.preset)
+    rows = cells(args.grid, args.preset, args.rows)
     jobs = [plan(args, cell, seed, folder) for seed in seeds for cell in rows]
     if len({job.folder for job in jobs}) < len(jobs):
         raise UserError("two runs of this grid would share a folder; name each value and each seed once")
@@ -139,6 +139,7 @@ def plan_study(args: argparse.Namespace) -> Study:
         _refuse_foreign_runs(job)
     command = [*script_command("ablate.py"), "--config", str(args.config), "--name", args.name]
     command += ["--preset", args.preset] if args.preset else []
+    command += ["--rows", *(row for row in PRESETS[args.preset] if row in args.rows)] if args.rows else []
     command += [part for axis in args.grid for part in ("--grid", axis)]
     command += [part for setting in args.set for part in ("--set", setting)]
     command += ["--measure", *args.measure] if args.measure else []
@@ -146,11 +147,16 @@ def plan_study(args: argparse.Namespace) -> Study:
     return Study(args.name, folder, (*command, "--seeds", *map(str, seeds)), tuple(jobs), tuple(measurements))
 
 
-def cells(grid: Sequence[str], preset: str | None = None) -> list[Cell]:
-    """["a.b=1,2", "c=3"] -> the cells b=1-c=3 and b=2-c=3; of a preset, each of its rows with each of them."""
+def cells(grid: Sequence[str], preset: str | None = None, labels: Sequence[str] = ()) -> list[Cell]:
+    """["a.b=1,2", "c=3"] -> the cells b=1-c=3 and b=2-c=3; of a preset, each of its rows, or those with these
+    labels, with each of them."""
     rows = [Cell("", "", ())]
     if preset is not None:
+        _refuse_unknown_rows(labels, preset)
         rows = [Cell(label, _slug(label), settings) for label, settings in PRESETS[preset].items()]
+        rows = [row for row in rows if not labels or row.label in labels]
+    elif labels:
+        raise UserError("--rows chooses among the rows of a preset; give --preset too")
     axes = [_axis(axis) for axis in grid]
     keys = [axis[0].partition("=")[0] for axis in axes]
     taken = {setting.partition("=")[0] for row in rows for setting in row.settings}
@@ -236,6 +242,13 @@ def _axis(axis: str) -> list[str]:
     if not equals or not key or ",".join(values) != text or not values:
         raise UserError(f"--grid {axis}: expected KEY=V1,V2")
     return [f"{key}={value}" for value in values]
+
+
+def _refuse_unknown_rows(labels: Sequence[str], preset: str) -> None:
+    for label in labels:
+        if label not in PRESETS[preset]:
+            rows = ", ".join(f'"{known}"' for known in PRESETS[preset])
+            raise UserError(f'--rows "{label}": the preset {preset} has {rows}')
 
 
 def _slug(label: str) -> str:
