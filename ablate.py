@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.cli import ablation_parser, comparison_parser, keeping_parser, overview_parser
 from utils.errors import run_script
-from utils.study import PRESETS, cells, plan, plan_study, script_command, steps_text
+from utils.study import PRESETS, SPLITS, cells, plan, plan_study, script_command, steps_text
 
 __all__ = ["cells", "main", "plan"]
 
@@ -19,7 +19,7 @@ def main() -> int:
             return keep(keeping_parser().parse_args(rest))
         case ["overview", *rest]:
             return show_overview(overview_parser().parse_args(rest))
-    return run(ablation_parser(PRESETS).parse_args())
+    return run(ablation_parser(PRESETS, SPLITS).parse_args())
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils.errors import UserError
@@ -199,7 +199,7 @@ def _export_ending(output: Path) -> str:
     return ending if ending in ("pt2", "onnx") and not output.is_dir() else ""
 
 
-def ablation_parser(presets: Iterable[str]) -> argparse.ArgumentParser:
+def ablation_parser(presets: Iterable[str], splits: Sequence[str]) -> argparse.ArgumentParser:
     """The command line of ablate.py."""
     parser = _parser(
         "Train every cell of a grid with every seed, go on after interruptions, and report: "
@@ -227,10 +227,10 @@ def ablation_parser(presets: Iterable[str]) -> argparse.ArgumentParser:
         "--measure",
         nargs="+",
         default=[],
-        choices=("test", "unlabeled", "labeled"),
+        choices=splits,
         metavar="SPLIT",
-        help="also evaluate each run's last checkpoint, once, on: test unlabeled labeled (training images, where they "
-        "have label files)",
+        help=f"also evaluate each run's last checkpoint, once, on: {' '.join(splits)} (training images need "
+        "label files)",
     )
     add("--jobs", type=int, metavar="N", help="runs at a time, default 1; they share the CPU's cores")
     add("--devices", type=_device, nargs="+", metavar="cuda:N", help="one run at a time on each of these")
