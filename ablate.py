@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.cli import ablation_parser, comparison_parser, keeping_parser, overview_parser
 from utils.errors import run_script
-from utils.study import PRESETS, SPLITS, cells, plan, plan_study, script_command, steps_text
+from utils.study import PRESETS, SPLITS, cells, plan, plan_study, script_command
 
 __all__ = ["cells", "main", "plan"]
 
@@ -27,9 +27,12 @@ def run(args: argparse.Namespace) -> int:
     study = plan_study(args)
 
     # Only now what takes seconds to import: a wrong key or --help is answered at once.
+    from data import DatasetFiles
     from utils.run import check_request
-    from utils.study_run import Runner, check_places, describe_plan, stopped_message
+    from utils.study_run import Runner, begun_message, check_places, describe_plan, stopped_message
 
+    for split in args.measure:  # all rows have the same lists
+        DatasetFiles(study.jobs[0].config).check_files(split, labels=True)
     places = check_places(args.devices, args.jobs)
     for device in args.devices or ["cpu"]:
         check_request(name=args.name, resume=None, device=device)
@@ -37,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
         for line in describe_plan(study, places):
             print(line, flush=True)
         return 0
-    done = sum(job.finished() is not None for job in study.jobs)
-    print(f"{len(study.jobs)} runs of {steps_text(study)} steps, {done} already done; logs in {study.folder}")
+    print(begun_message(study))
     runner = Runner(study, places, say=lambda line: print(line, flush=True))
     runner.run()
     if runner.stop_signal is not None:
@@ -54,8 +56,7 @@ def compare(args: argparse.Namespace) -> int:
     """Report on runs that are there."""
     is_study = len(args.runs) == 1 and (args.runs[0] / "study.json").is_file()
     output = args.output or (args.runs[0] if is_study else Path("report"))
-    command = [*script_command("ablate.py"), "report", *map(str, args.runs)]
-    report(args.runs, output, [*command, *(["--output", str(args.output)] if args.output else [])])
+    report(args.runs, output, [*script_command("ablate.py"), *sys.argv[1:]])
     return 0
 
 
@@ -68,7 +69,6 @@ def keep(args: argparse.Namespace) -> int:
 
 
 def show_overview(args: argparse.Namespace) -> int:
-    """Print the short tables."""
     from utils.study_report import overview
     from utils.study_results import results_of_study
 

@@ -28,7 +28,7 @@ def main() -> int:
     inference = inference_for(config, args.protocol, scales=tuple(args.scales), flip=args.flip)
     files = DatasetFiles(config)
     files.check_files(args.split, labels=True)
-    output = args.output or path.parent / evaluation_folder(args)
+    output = args.output or path.parent / evaluation_folder(args, path)
     output.mkdir(parents=True, exist_ok=True)
 
     def save(identifier: str, prediction: Tensor) -> None:

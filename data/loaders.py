@@ -24,7 +24,7 @@ from data.transforms import random_crop, resize
 from utils.batch import Batch
 from utils.config import Config, DataConfig, parse_size
 from utils.distributed import ALONE, World, part_size
-from utils.errors import UserError, loader_errors
+from utils.errors import StorageError, UserError, loader_errors
 from utils.randomness import keyed_seed
 
 Item = TypeVar("Item")
@@ -113,7 +113,8 @@ class TrainingCrops(Dataset[Batch | UserError]):
         try:
             return self._crop(position, identifier)
         except UserError as error:  # a value, so that no worker's traceback is wrapped around it
-            return self._substitute(position, error) if self.files.config.training.data.bad_sample == "skip" else error
+            skip = self.files.config.training.data.bad_sample == "skip" and not isinstance(error, StorageError)
+            return self._substitute(position, error) if skip else error
 
     def _kept(self, cache: DiskCache | None, path: Path, read: Callable[[Path], np.ndarray]) -> np.ndarray:
         """What ``read`` makes of a file, at the dataset's ``resize``."""
@@ -131,6 +132,8 @@ class TrainingCrops(Dataset[Batch | UserError]):
         for other in rng.integers(len(self.ids), size=SUBSTITUTES):
             try:
                 return self._crop(position, self.ids[other])._replace(bad=tuple(messages))
+            except StorageError as full:
+                return full
             except UserError as again:
                 messages.append(str(again))
         return error
@@ -147,6 +150,8 @@ class TrainingCrops(Dataset[Batch | UserError]):
             return _crop_batch(image, nothing, config.training.data, rng=rng, identifier=identifier, files=files)
         try:
             label = self._label(identifier) if files.label_path(identifier).is_file() else nothing
+        except StorageError:
+            raise
         except UserError:  # nobody promised that it is a label map
             label = nothing
         label = label if label.shape == nothing.shape else nothing

@@ -134,7 +134,8 @@ def load_pretrained(
         return LoadReport(source="none")
     path = find_weights(network, str(name_or_path))
     weights, dataset = _read_weights(path, peer)
-    found, report = _match(network, weights, source=str(path), parts=("backbone.",) if backbone_only else PARTS)
+    parts = tuple(part for part in PARTS if part != "head." or not backbone_only)
+    found, report = _match(network, weights, source=str(path), parts=parts)
 
     counted = [name for name in network.state_dict() if name.startswith("backbone.") and _is_counted(name)]
     matched = sum(name in found for name in counted)

@@ -18,10 +18,12 @@ from utils.config import (
     _flat,
     check_config,
     configuration_page,
+    different_keys,
     dump_config,
     for_network,
     json_schema,
     load_config,
+    override_config,
 )
 from utils.errors import UserError
 from utils.losses import PIXEL_WEIGHTS
@@ -201,12 +203,54 @@ def test_the_script_decides_the_network_and_says_so():
         assert for_network(config, "DeepLabv3+").model == "DeepLabv3+"
 
 
-def test_a_key_without_effect_is_accepted_with_one_warning(tmp_path: Path):
-    path = tmp_path / "c.json"
-    path.write_text(json.dumps(tiny_values(training__warmup_iters=1)))
-    with pytest.warns(UserWarning, match="training.warmup_iters has no effect") as seen:
-        load_config(path)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"training__warmup_iters": 1}, "training.warmup_iters has no effect, as in the release"),
+        (
+            {"training__num_iterations": 3, "training__unlabeled__start_iteration": 3},
+            "unlabeled images are never used: start_iteration 3, num_iterations 3",
+        ),
+        (
+            {"training__num_iterations": 3, "training__contrastive__contrast_start": 4},
+            "the contrastive terms never start: contrast_start 4, num_iterations 3",
+        ),
+        (
+            {"dataset__labeled": "some.txt", "training__data__split_id_list": 1},
+            "training.data.split_id_list has no effect: dataset.labeled names the list some.txt",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_accepted_with_one_warning(settings: dict[str, Any], message: str):
+    config = check_config(tiny_values(**settings), source="test")
+    with pytest.warns(UserWarning, match=re.escape(message)) as seen:
+        for_network(config, config.model)
     assert len(seen) == 1
+
+
+def test_a_term_that_is_off_is_not_said_to_start_too_late():
+    off = {"training__contrastive__high_weight": 0, "training__contrastive__low_weight": 0}
+    late = {"training__num_iterations": 3, "training__contrastive__contrast_start": 4}
+    for more in (off, {"training__unlabeled__train_unlabeled": False}):
+        config = check_config(tiny_values(**late, **more), source="test")
+        assert for_network(config, config.model) == config  # a warning would be an error here
+
+
+def test_what_changes_no_number_may_differ_and_a_known_dataset_is_the_block_it_stands_for():
+    def dumped(**changes: Any) -> dict[str, Any]:
+        return dump_config(check_config(tiny_values(dataset="pascal_voc") | changes, source="test"))
+
+    one = dumped()
+    for override, different in {
+        "dataset.test=test.txt": [],
+        "dataset.val=other.txt": ["dataset.val"],
+        "utils.val_per_iter=7": [],
+        "training.accumulation=2": ["training.accumulation"],
+        "training.learning_rate=1": ["training.learning_rate"],
+    }.items():
+        other = dump_config(override_config(tiny_values(dataset="pascal_voc"), [override], source="test"))
+        assert list(different_keys(one, other)) == different, override
+        assert different_keys(one, other, free=different) == {}
 
 
 def test_cityscapes_maps_the_nineteen_ids_of_its_label_files():

@@ -28,7 +28,7 @@ from tests.test_trainer import build, stop_after
 from utils.batch import Batch
 from utils.checkpoint import load_checkpoint, older_checkpoints
 from utils.config import Config, load_config
-from utils.errors import CheckpointError, NonFiniteError, UserError
+from utils.errors import CheckpointError, NonFiniteError, StorageError, UserError
 from utils.run import STOP_SIGNALS
 from utils.trainer import Trainer
 
@@ -531,6 +531,15 @@ def test_a_skipped_file_is_told_once_not_at_every_pass(config, data: Path, damag
     assert build(config(data_root=str(data), training__data__bad_sample="skip")).fit() is not None
     told = [line for line in capfd.readouterr().err.splitlines() if "skipped, another image in its place: " in line]
     assert sorted(re.findall(r"(\w+)\.jpg: damaged", " ".join(told))) == sorted(damaged)
+
+
+def test_a_full_disk_is_not_taken_for_damaged_images(config, data: Path, damaged, tmp_path: Path):
+    (tmp_path / "cache").touch()  # no folder can be made there
+    cache = {"training__data__cache": "disk", "training__data__cache_dir": str(tmp_path / "cache")}
+    given = config(data_root=str(data), training__data__bad_sample="skip", **cache)
+    for stream in ("labeled", "unlabeled"):
+        with pytest.raises(StorageError, match="cannot write the cache"):
+            list(training_loader(DatasetFiles(given), stream, start_step=0))
 
 
 def test_more_damaged_files_than_allowed_stop_the_run_and_any_one_does_by_default(config, data: Path, damaged):

@@ -145,6 +145,19 @@ def test_whole_network_loads_head_and_conventions(tmp_path: Path) -> None:
     assert network.backbone.stride_place == "conv2"
 
 
+def test_the_backbone_alone_brings_the_normalization_that_its_weights_need(tmp_path: Path) -> None:
+    source = network18()
+    source.normalization.set_preset("coco")
+    torch.save(source.state_dict(), tmp_path / "network.pth")
+    network = network18()
+    head = {name: value.clone() for name, value in network.state_dict().items() if name.startswith("head.")}
+    load_pretrained(network, tmp_path / "network.pth", peer=1, backbone_only=True)
+    images = torch.rand(1, 3, 4, 4)
+    assert torch.equal(network.normalization(images), source.normalization(images))
+    assert torch.equal(network.backbone.conv1.weight, source.backbone.conv1.weight)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in head.items())
+
+
 @pytest.mark.parametrize(
     ("name", "case", "stride_place"),
     [("DeepLab", "deeplabv2", "conv1"), ("DeepLabv3+", "deeplabv3plus", "conv2")],

@@ -180,7 +180,7 @@ def test_a_run_on_a_json_block_with_other_folders_file_types_and_palette(tmp_pat
     )
     (folder,) = (tmp_path / "runs").iterdir()
     assert run("evaluateSSL.py", "-m", folder, "--save-output-images").returncode == 0
-    with Image.open(next((folder / "evaluation-val-original/images").iterdir())) as image:
+    with Image.open(next((folder / "evaluation-val-original-best_model/images").iterdir())) as image:
         assert image.getpalette()[:6] == [0, 2, 3, 1, 2, 3]
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from model import CrossTeacher
 from model.resnet import BasicBlock, _first_and_again
 from tests.test_cross_teacher import build, full_banks
 from utils.config import Config
+from utils.inference import Inference, classify_all, predict_all
 from utils.speed import arrange, autocast
 from utils.trainer import build_optimizer
 
@@ -111,6 +113,32 @@ def test_recomputed_activations_are_not_kept_for_the_backward_pass(losses: Any):
             losses(backbone="resnet34", **training)
         kept.append(saved)
     assert kept[1] < 0.6 * kept[0]
+
+
+def test_evaluation_is_in_full_float32_also_of_a_run_that_trains_in_tf32(tiny_config: Any):
+    seen = []
+
+    class Network(nn.Module):
+        normalization = nn.Identity()
+
+        def forward(self, images: torch.Tensor) -> Any:
+            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return SimpleNamespace(logits=images)
+
+    config = tiny_config(training__precision="tf32")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        arrange(build(config), config)
+        trains = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        for ask in (predict_all, classify_all):
+            for how in (Inference(), Inference(flip=True)):
+                ask({"one": Network()}, torch.rand(1, 3, 40, 40), (40, 40), inference=how, wanted=frozenset(["one"]))
+        assert trains == ("high", True)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == trains
+        assert seen == [("highest", False)] * 6
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_the_learning_rate_grows_with_the_batch_where_it_says_for_which_batch_it_is(tiny_config: Any):

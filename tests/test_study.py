@@ -25,7 +25,7 @@ from utils.study import PRESETS, SCRIPTS, Study, cells, plan_study, shown
 from utils.study_figures import draw_pictures
 from utils.study_keep import keep_study, thinned
 from utils.study_report import as_markdown, overview, write_report
-from utils.study_results import Record, Results, Row, refuse_mixing, results_of_folders
+from utils.study_results import Record, Results, Row, refuse_mixing, results_of_folders, results_of_study
 from utils.study_run import Runner, check_places, describe_plan, last_error
 
 PROJECT = Path(__file__).parent.parent
@@ -411,7 +411,7 @@ def test_names_and_values_are_escaped_and_the_page_needs_nothing_but_itself(tmp_
     label = '<script>alert("1")</script> & $x^2$ | *bold*'
     results = results_of_folders(make_study(tmp_path), ["python3", "ablate.py", "report", "a b; rm"])
     rows = [Row(f"{label} {row.label}", row.records) for row in results.rows]
-    text = write_report(Results(label, results.command, rows, results.facts), tmp_path / "out")
+    text = write_report(Results(label, results.commands, rows, results.facts), tmp_path / "out")
     page = page_of(tmp_path / "out")
     assert page.reaches == []
     assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
@@ -730,6 +730,41 @@ def test_runs_are_measured_once_each_on_other_images(tmp_path: Path, stand_in: P
     ]
 
 
+def test_other_rows_and_seeds_are_added_to_a_study_and_all_that_is_done_is_reported(tmp_path: Path, stand_in: Path):
+    config = write_config(tmp_path)
+    for rows, seeds in ((["full CTT"], [0]), (["full CTT"], [1]), (["two mean teachers"], [1])):
+        study = plan_study(asked(config, preset="paper", rows=rows, seeds=seeds))
+        Runner(study, [None], say=print).run()
+    results = results_of_folders([study.folder], [])
+    assert [(row.label, [record.seed for record in row.done]) for row in results.rows] == [
+        ("two mean teachers", [1]),
+        ("full CTT", [0, 1]),
+    ], "in the preset's order, not in that of training"
+    assert [command.partition("--rows ")[2] for command in results.commands] == [
+        "'full CTT' --seeds 0",
+        "'full CTT' --seeds 1",
+        "'two mean teachers' --seeds 1",
+    ]
+    keep_study(study.folder, tmp_path / "kept")
+    assert overview(results_of_study(tmp_path / "kept")) == overview(results)
+
+    shutil.rmtree(study.folder / "full_CTT-seed=0/11-22_10-00-run")  # planned by another command, and not done
+    Runner(study, [None], say=print).run()
+    left = [record.name for record in results_of_study(study.folder).records]
+    assert left == ["two_mean_teachers-seed=1", "full_CTT-seed=1"]
+    whole = plan_study(asked(config, preset="paper", rows=["full CTT", "two mean teachers"]))
+    Runner(whole, [None], say=print).run()
+    assert results_of_study(study.folder).commands == [shown(whole.command)], "it made all that is there"
+
+
+def test_rows_that_could_not_share_a_table_with_those_that_are_done_are_refused(tmp_path: Path, stand_in: Path):
+    config = write_config(tmp_path)
+    study = plan_study(asked(config, preset="paper", rows=["full CTT"], seeds=[0]))
+    Runner(study, [None], say=print).run()
+    with pytest.raises(UserError, match=r"num_iterations is 9 in supervised-seed=0, 8 in full_CTT-seed=0; make it one"):
+        plan_study(asked(config, preset="paper", rows=["supervised"], seeds=[0], set=["training.num_iterations=9"]))
+
+
 def test_what_cannot_be_measured_is_told_and_the_rest_is_done(
     tmp_path: Path, stand_in: Path, stand_in_evaluation: None, monkeypatch: pytest.MonkeyPatch
 ):
@@ -748,6 +783,17 @@ def test_what_cannot_be_measured_is_told_and_the_rest_is_done(
         "| training.unlabeled.teacher=self | 0 | no result | no result |",
         "| training.unlabeled.teacher=cross | 1 | 60.0 | 40.0 |",
     ]
+
+
+@pytest.mark.parametrize("models", [{}, {"student_0": {"mean_iou": 0.5}}, {"ensemble": {"mean_iou": None}}])
+def test_an_evaluation_without_a_score_of_the_ensemble_is_none(tmp_path: Path, models: dict[str, Any]):
+    run = make_run(tmp_path / "run", 0.5)
+    other = run / "evaluation-test-original/result.json"
+    other.parent.mkdir()
+    other.write_text(json.dumps(about() | {"models": models}))
+    assert results_of_folders([run], []).splits == []
+    (run / "result.json").write_text(json.dumps(about() | {"models": models}))
+    assert [record.result for record in results_of_folders([run], []).records] == [None]
 
 
 def test_measurements_of_other_images_are_not_mixed(tmp_path: Path, stand_in: Path, stand_in_evaluation: None):
@@ -832,6 +878,7 @@ def test_a_study_does_not_go_on_with_other_code(tmp_path: Path, stand_in: Path, 
         (["--devices", "cuda:9"], "CUDA devices"),
         (["--devices", "gpu"], "is none of auto, cpu, cuda, cuda:0"),
         (["--preset", "pape"], "invalid choice"),
+        (["--measure", "test"], "nowhere: no such folder"),
         (["--set", "training.batch_sise=1"], "did you mean batch_size"),
     ],
 )

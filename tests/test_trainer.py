@@ -193,6 +193,11 @@ def test_another_configuration_is_refused_with_the_keys_that_differ_and_a_free_o
     assert "training.learning_rate: 0.01 there, 0.5 here" in str(error.value)
     assert "model: DeepLab there, DeepLabv3+ here" in str(error.value)
     assert build(config(training__num_workers=1), resume="auto").step == 2
+    parts = config(training__accumulation=2, training__unlabeled={"mix_mask": None})
+    with pytest.raises(CheckpointError) as error:
+        build(parts, resume="auto")
+    assert "mix_mask" in str(error.value)
+    assert "accumulation" not in str(error.value), "the parts of a step may change, as the number of processes"
 
 
 def test_auto_takes_the_newest_of_this_name_only_and_starts_fresh_without_one(config, tmp_path: Path):

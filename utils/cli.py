@@ -110,7 +110,8 @@ def evaluation_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="where results go; default: evaluation-<split>-<protocol> beside the checkpoint",
+        help="where results go; default: evaluation-<split>-<protocol>, with what else was asked for, beside the "
+        "checkpoint",
     )
     return parser
 
@@ -355,10 +356,13 @@ def data_overrides(args: argparse.Namespace) -> list[str]:
     return [*args.set, *root, *([f"training.num_workers={workers}"] if workers is not None else [])]
 
 
-def evaluation_folder(args: argparse.Namespace) -> str:
-    """The name of the folder of an evaluation's results; other settings never overwrite them."""
+def evaluation_folder(args: argparse.Namespace, checkpoint: Path) -> str:
+    """The name of the folder of an evaluation's results; other options and checkpoints never overwrite them."""
+    which = [checkpoint.stem] if checkpoint.name != "checkpoint.pth" else []
+    models = sorted(set(args.models or []))
     scales = [f"scales_{'_'.join(f'{scale:g}' for scale in args.scales)}"] if args.scales != [1.0] else []
-    return "-".join(["evaluation", args.split, args.protocol, *(["flip"] if args.flip else []), *scales])
+    flip = ["flip"] if args.flip else []
+    return "-".join(["evaluation", args.split, args.protocol, *flip, *scales, *which, *models])
 
 
 def _scale(text: str) -> float:

@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
 
@@ -461,7 +461,24 @@ def for_network(config: Config, model: str) -> Config:
             '"pretrained": ["coco", "imagenet"]',
             stacklevel=2,
         )
+    for message in _settings_without_effect(config):
+        warnings.warn(message, stacklevel=2)
     return config.model_copy(update={"model": model})
+
+
+def _settings_without_effect(config: Config) -> Iterator[str]:
+    """What was asked for and will not happen."""
+    training = config.training
+    unlabeled, contrastive, steps = training.unlabeled, training.contrastive, training.num_iterations
+    contrasts = contrastive.high_weight + contrastive.low_weight > 0
+    if training.warmup_iters is not None:
+        yield "training.warmup_iters has no effect, as in the release"
+    if unlabeled.train_unlabeled and unlabeled.start_iteration >= steps:
+        yield f"unlabeled images are never used: start_iteration {unlabeled.start_iteration}, num_iterations {steps}"
+    elif unlabeled.train_unlabeled and contrasts and (contrastive.contrast_start or 0) >= steps:
+        yield f"the contrastive terms never start: contrast_start {contrastive.contrast_start}, num_iterations {steps}"
+    if training.data.split_id_list is not None and config.data.labeled is not None:
+        yield f"training.data.split_id_list has no effect: dataset.labeled names the list {config.data.labeled}"
 
 
 def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
@@ -476,10 +493,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
         raise UserError(
             f"{path}: cannot be read ({error}); --config wants a JSON file such as configs/configVOC.json"
         ) from None
-    config = override_config(_parse_json(text, str(path)), overrides, source=str(path))
-    if config.training.warmup_iters is not None:
-        warnings.warn(f"{path}: training.warmup_iters has no effect, as in the release", stacklevel=2)
-    return config
+    return override_config(_parse_json(text, str(path)), overrides, source=str(path))
 
 
 def override_config(values: dict[str, Any], overrides: Sequence[str], *, source: str) -> Config:
@@ -508,7 +522,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 # May differ between two runs that compute the same.
 FREE_KEYS = (
     *("utils.checkpoint_dir", "utils.save_", "utils.keep_", "utils.val_per_iter", "utils.tensorboard"),
-    *("utils.log_per_iter", "training.num_workers", "training.accumulation", "training.process_timeout"),
+    *("utils.log_per_iter", "training.num_workers", "training.process_timeout"),
     *(
         "training.checkpoint_activations",
         "training.data.hidden_labels",
@@ -520,11 +534,21 @@ FREE_KEYS = (
 )
 
 
-def different_keys(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> both values, for the keys of two dumped configurations that change what is computed and differ."""
-    old, new = _flat(one), _flat(other)
-    keys = (key for key in sorted(old | new) if not key.startswith(FREE_KEYS))
+def different_keys(
+    one: dict[str, Any], other: dict[str, Any], *, free: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> both values, for the keys of two dumped configurations that change what is computed and differ.
+
+    free: further keys, or beginnings of keys, that are let differ.
+    """
+    old, new = (_flat(values | {"dataset": _block(values.get("dataset"))}) for values in (one, other))
+    keys = (key for key in sorted(old | new) if not key.startswith((*FREE_KEYS, *free)))
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def _block(dataset: Any) -> Any:
+    """A known dataset's name as the block that it stands for."""
+    return DATASETS[dataset].model_dump(mode="json") if isinstance(dataset, str) and dataset in DATASETS else dataset
 
 
 def _flat(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -574,8 +598,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     block = values
     for depth, name in enumerate(parents):
         inner = block.setdefault(name, {})
-        if name == "dataset" and isinstance(inner, str) and inner in DATASETS:  # a preset becomes its block
-            inner = block[name] = DATASETS[inner].model_dump(mode="json")
+        if name == "dataset":
+            inner = block[name] = _block(inner)
         if not isinstance(inner, dict):
             raise UserError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a block of keys")
         block = inner

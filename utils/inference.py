@@ -11,6 +11,7 @@ from torch import Tensor
 
 from utils.config import Config, parse_size
 from utils.errors import UserError
+from utils.speed import full_float32
 
 ENSEMBLE = "ensemble"
 SMALLEST = 33  # pixels a side that the networks need; smaller images are padded
@@ -92,6 +93,7 @@ def predict_photo(
 
 
 @torch.no_grad()
+@full_float32()
 def predict_all(
     networks: Mapping[str, Any], images: Tensor, size: Size, *, inference: Inference, wanted: frozenset[str]
 ) -> dict[str, Tensor]:
@@ -107,6 +109,7 @@ def predict_all(
 
 
 @torch.no_grad()
+@full_float32()
 def classify_all(
     networks: Mapping[str, Any], images: Tensor, size: Size, *, inference: Inference, wanted: frozenset[str]
 ) -> dict[str, Tensor]:

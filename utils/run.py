@@ -190,8 +190,11 @@ def newest_checkpoint(config: Config, name: str) -> Path | None:
 
 
 def refuse_other_config(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """CheckpointError with every key that changes what is computed and differs."""
-    different = different_keys(saved, wanted)
+    """CheckpointError with every key that changes what is computed and differs.
+
+    The parts in which a step is computed may change, as the number of processes may: the trainer warns of both.
+    """
+    different = different_keys(saved, wanted, free=["training.accumulation"])
     if different:
         rows = "".join(f"\n       {key}: {old} there, {new} here" for key, (old, new) in different.items())
         raise CheckpointError(f"{path}: cannot continue, it was trained with another configuration:{rows}")

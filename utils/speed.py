@@ -3,7 +3,8 @@
 import ctypes
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,19 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any
 def loss_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
     """Scales the loss so that float16 holds its gradients; with another precision it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=config.training.precision == "fp16")
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """In it no GPU shortens the mantissas of float32, as cuDNN's convolutions do unless told otherwise."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
 
 
 def arrange(method: Any, config: Config) -> None:

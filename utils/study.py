@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,8 @@ class Measurement:
         protocol = self.job.config.utils.val_protocol
         command = ["python3", str(PROJECT / EVALUATION), "--model-path", str(run / "checkpoint.pth")]
         command += ["--split", self.split, "--protocol", protocol]
+        # Not one of the settings that runs are compared by: it may have been given after the training.
+        command += ["--set", f"dataset.test={json.dumps(self.job.config.data.test)}"] if self.split == "test" else []
         gpu = {None: None, "cpu": "-1", "cuda": "0"}.get(device, (device or "").rpartition(":")[2])
         return (*command, *(["--gpu", gpu] if gpu is not None else []))
 
@@ -123,6 +125,17 @@ class Study:
         return list(dict.fromkeys(job.cell for job in self.jobs))
 
 
+def finished_before(study: Study) -> dict[Path, Path]:
+    """Folder of a job -> run folder with its result, for the jobs that another command planned for this study."""
+    names = (read_json(study.folder / "study.json") or {}).get("jobs", [])
+    found: dict[Path, Path] = {}
+    for folder in (study.folder / name for name in names if name not in {job.name for job in study.jobs}):
+        about = read_json(folder / "job.json")
+        run = finished_run(folder, about["config"]) if about is not None else None
+        found |= {folder: run} if run is not None else {}
+    return found
+
+
 def plan_study(args: argparse.Namespace) -> Study:
     """Every run of the study, its configuration checked; UserError for whatever could be known before the first."""
     if any(setting.startswith("seed=") for setting in [*args.set, *args.grid]):
@@ -134,7 +147,6 @@ def plan_study(args: argparse.Namespace) -> Study:
     if len({job.folder for job in jobs}) < len(jobs):
         raise UserError("two runs of this grid would share a folder; name each value and each seed once")
     _refuse_equal_rows(jobs[: len(rows)])
-    _refuse_incomparable(jobs)
     for job in jobs:
         _refuse_foreign_runs(job)
     command = [*script_command("ablate.py"), "--config", str(args.config), "--name", args.name]
@@ -144,7 +156,12 @@ def plan_study(args: argparse.Namespace) -> Study:
     command += [part for setting in args.set for part in ("--set", setting)]
     command += ["--measure", *args.measure] if args.measure else []
     measurements = [Measurement(job, split) for job in jobs for split in args.measure]
-    return Study(args.name, folder, (*command, "--seeds", *map(str, seeds)), tuple(jobs), tuple(measurements))
+    study = Study(args.name, folder, (*command, "--seeds", *map(str, seeds)), tuple(jobs), tuple(measurements))
+    configs = {job.name: job.config for job in jobs}
+    for other, run in finished_before(study).items():
+        configs[other.name] = load_config(run / "config.json")
+    _refuse_incomparable(configs)
+    return study
 
 
 def cells(grid: Sequence[str], preset: str | None = None, labels: Sequence[str] = ()) -> list[Cell]:
@@ -188,7 +205,7 @@ def finished_run(folder: Path, config: dict[str, Any]) -> Path | None:
     """The run folder below ``folder`` that holds the result of just this dumped configuration, or None."""
     for path in sorted(folder.glob("*/result.json"), reverse=True):
         result, trained = read_json(path), read_json(path.parent / "config.json")
-        if result is None or trained is None or "models" not in result or different_keys(trained, config):
+        if result is None or trained is None or not has_score(result) or different_keys(trained, config):
             continue
         if result.get("step") == config["training"]["num_iterations"]:
             return path.parent
@@ -200,9 +217,14 @@ def measured(run: Path, protocol: str) -> dict[str, dict[str, Any]]:
     last, found = read_json(run / "result.json") or {}, {}
     for split in SPLITS:
         result = read_json(run / f"evaluation-{split}-{protocol}" / "result.json")
-        if result is not None and "models" in result and result.get("step") == last.get("step"):
+        if result is not None and has_score(result) and result.get("step") == last.get("step"):
             found[split] = result
     return found
+
+
+def has_score(result: Mapping[str, Any]) -> bool:
+    """Whether the ensemble was evaluated, and on at least one labeled pixel."""
+    return result.get("models", {}).get("ensemble", {}).get("mean_iou") is not None
 
 
 def steps_text(study: Study) -> str:
@@ -269,15 +291,16 @@ def _refuse_equal_rows(jobs: Sequence[Job]) -> None:
             )
 
 
-def _refuse_incomparable(jobs: Sequence[Job]) -> None:
-    """UserError for runs whose results could not share a table, before hours are spent on them."""
-    first, *others = jobs
-    for job in others:
-        known = _what_is_compared(first.config)
-        for key, value in _what_is_compared(job.config).items():
+def _refuse_incomparable(configs: Mapping[str, Config]) -> None:
+    """UserError for runs, by their names, whose results could not share a table, before hours are spent on them."""
+    (first, config), *others = configs.items()
+    known = _what_is_compared(config)
+    for name, other in others:
+        for key, value in _what_is_compared(other).items():
             if value != known[key]:
                 raise UserError(
-                    f"results could not share a table: {key} is {known[key]} in {first.name}, {value} in {job.name}"
+                    f"results could not share a table: {key} is {known[key]} in {first}, {value} in {name}; make it "
+                    "one, or choose another --name"
                 )
 
 

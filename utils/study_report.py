@@ -94,7 +94,10 @@ def overview(results: Results) -> str:
         cells = []
         for found in there.values():
             difference = _difference(found.rows[index], found.rows[0]) if index else "-"
-            cells.append(spread(found.rows[index].ensemble) + (f" ({difference})" if difference != "-" else ""))
+            count = len(found.rows[index].done)
+            notes = [difference] if difference != "-" else []
+            notes += [f"{count} of the seeds"] if 0 < count < len(row.done) else []
+            cells.append(spread(found.rows[index].ensemble) + (f" ({', '.join(notes)})" if notes else ""))
         rows.append([row.label, str(len(row.done)), *cells])
     facts = [f"{key} {results.facts[key]}" for key in OVERVIEW_FACTS if key in results.facts]
     return f"**{_plain(results.title)}**: {_plain(', '.join(facts))}\n\n{_markdown_table(Table('', '', head, rows))}\n"
@@ -155,7 +158,7 @@ def _cost_table(results: Results) -> Table:
 
 def _commands(results: Results) -> Commands:
     runs = [(f"{record.label}, seed {record.seed}", record.command) for record in results.records]
-    return Commands("Commands", [("this report", results.command), *runs])
+    return Commands("Commands", [*(("this report", command) for command in results.commands), *runs])
 
 
 def _warning(results: Results) -> str:
@@ -177,7 +180,12 @@ def _facts(results: Results) -> str:
 
 def as_markdown(results: Results, pictures: dict[str, Picture]) -> str:
     """The report as GitHub shows it; pictures are files beside it."""
-    parts = [f"# {_plain(results.title)}", f"`{results.command}`", _plain(_facts(results)), _plain(_warning(results))]
+    parts = [
+        f"# {_plain(results.title)}",
+        *(f"`{command}`" for command in results.commands),
+        _plain(_facts(results)),
+        _plain(_warning(results)),
+    ]
     for table in tables(results):
         parts += [f"## {table.title}", table.note, _markdown_table(table)]
         if table.title == "Results":

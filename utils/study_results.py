@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.config import different_keys
 from utils.errors import UserError
-from utils.study import PROJECT, SCRIPTS, SPLITS, finished_run, measured, read_json, shown
+from utils.study import PRESETS, PROJECT, SCRIPTS, SPLITS, finished_run, has_score, measured, read_json, shown
 
 COMPARED = ("dataset", "split", "split hash", "labeled", "labeled hash", "protocol", "step", "commit")
 FACTS = (*COMPARED[:3], "images", *COMPARED[3:], "torch", "machine")
@@ -126,7 +126,7 @@ class Results:
     """Everything that a report tells. facts: what all finished runs have in common."""
 
     title: str
-    command: str
+    commands: Sequence[str]
     rows: Sequence[Row]
     facts: Mapping[str, Any]
 
@@ -161,13 +161,19 @@ class Results:
 
 
 def results_of_study(folder: Path) -> Results:
-    """Of every run that the study's last ``ablate.py`` planned, whether it was started or not."""
+    """Of every run that the study's last ``ablate.py`` planned, started or not, and of the others that are done."""
     planned = read_json(folder / "study.json")
     if planned is None:
         raise UserError(f"{folder}: no study; its study.json is missing or damaged")
     records = [_planned(folder / name, name) for name in planned["jobs"]]
-    labels = list(dict.fromkeys(record.label for record in records))
-    return _results(planned["name"], planned["command"], labels, records)
+    labels = sorted(dict.fromkeys(record.label for record in records), key=_place)
+    return _results(planned["name"], planned["commands"], labels, records)
+
+
+def _place(label: str) -> int:
+    """Of a row among those of the presets, whichever was trained first; after them all, any other."""
+    rows = [row for preset in PRESETS.values() for row in preset]
+    return next((index for index, row in enumerate(rows) if f"{label}, ".startswith(f"{row}, ")), len(rows))
 
 
 def results_of_folders(folders: Sequence[Path], command: Sequence[str]) -> Results:
@@ -194,7 +200,7 @@ def results_of_folders(folders: Sequence[Path], command: Sequence[str]) -> Resul
         for label, group in zip(labels, groups, strict=True)
         for record in sorted(group, key=lambda one: one.seed)
     ]
-    return _results("comparison", shown(command), labels, named)
+    return _results("comparison", [shown(command)], labels, named)
 
 
 def refuse_mixing(records: Iterable[Record]) -> None:
@@ -212,10 +218,10 @@ def refuse_mixing(records: Iterable[Record]) -> None:
         raise UserError("these runs cannot share a table:" + "".join(problems))
 
 
-def _results(title: str, command: str, labels: Sequence[str], records: Sequence[Record]) -> Results:
+def _results(title: str, commands: Sequence[str], labels: Sequence[str], records: Sequence[Record]) -> Results:
     refuse_mixing(records)
     rows = [Row(label, [record for record in records if record.label == label]) for label in labels]
-    results = Results(title, command, rows, _facts(records))
+    results = Results(title, commands, rows, _facts(records))
     for split in results.splits:
         refuse_mixing(results.on(split).records)
     return results
@@ -260,7 +266,7 @@ def _read(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """State, result and log of a run folder."""
     steps, log, result = config["training"]["num_iterations"], read_log(folder / "log.jsonl"), None
     if finished := read_json(folder / "result.json"):
-        result = finished if finished.get("step") == steps and "models" in finished else None
+        result = finished if finished.get("step") == steps and has_score(finished) else None
     others = measured(folder, config["utils"]["val_protocol"]) if result else {}
     at = f"unfinished, step {log[-1]['step']} of {steps}" if log else "unfinished, nothing logged yet"
     return {"state": "done" if result else at, "result": result, "measured": others, "log": log}

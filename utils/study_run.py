@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from utils.config import dump_config
 from utils.errors import UserError
 from utils.run import code_version
-from utils.study import Job, Measurement, Study, process_command, read_json, shown, steps_text
+from utils.study import Job, Measurement, Study, finished_before, process_command, read_json, shown, steps_text
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PAUSE = 0.1  # seconds between two looks at the processes
@@ -64,6 +64,7 @@ class Runner:
                 self._pass_on_signals()
                 self._collect()
                 waiting = [job for job in waiting if not (isinstance(job, Measurement) and job.job in self.failed)]
+        _write_plan(self.study)  # once more: another process may have finished other rows of this study meanwhile
         if self.problem is not None and self.stop_signal is None:
             raise self.problem
 
@@ -250,6 +251,12 @@ def check_places(devices: Sequence[str] | None, jobs: int | None) -> list[str | 
     return list(devices)
 
 
+def begun_message(study: Study) -> str:
+    """What is there to do."""
+    done = sum(job.finished() is not None for job in study.jobs)
+    return f"{len(study.jobs)} runs of {steps_text(study)} steps, {done} already done; logs in {study.folder}"
+
+
 def stopped_message(study: Study) -> str:
     """What to do after a signal."""
     done = sum(job.finished() is not None for job in study.jobs)
@@ -257,13 +264,18 @@ def stopped_message(study: Study) -> str:
 
 
 def _write_plan(study: Study) -> None:
-    """study.json, and a job.json in each run's folder: what a report needs, now or later, of runs done or not."""
+    """study.json, and a job.json in each run's folder: what a report needs, now or later, of runs done or not.
+
+    Other runs of the study that are done, by a command for other rows or seeds, stay in it.
+    """
     for job in study.jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
         about = {"label": job.cell.label, "seed": job.seed, "command": shown(job.command)}
         write_json(job.folder / "job.json", about | {"config": dump_config(job.config)})
-    names = [job.name for job in study.jobs]
-    write_json(study.folder / "study.json", {"name": study.name, "command": shown(study.command), "jobs": names})
+    names, others = [job.name for job in study.jobs], [path.name for path in finished_before(study)]
+    earlier = (read_json(study.folder / "study.json") or {}).get("commands", []) if others else []
+    commands = [*(one for one in earlier if one != shown(study.command)), shown(study.command)]
+    write_json(study.folder / "study.json", {"name": study.name, "commands": commands, "jobs": [*others, *names]})
 
 
 def _lock(folder: Path) -> Any:
@@ -281,7 +293,7 @@ def _lock(folder: Path) -> Any:
 
 def _refuse_other_commit(study: Study, now: str) -> None:
     """UserError if what is done was computed by another version of the code: no table could hold both."""
-    for folder in (job.finished() for job in study.jobs):
+    for folder in [*(job.finished() for job in study.jobs), *finished_before(study).values()]:
         then = (read_json(folder / "result.json") or {}).get("commit", now) if folder is not None else now
         if then != now:
             raise UserError(
