@@ -20,7 +20,8 @@ def main(network: str = "DeepLab") -> int:
     from utils.distributed import launch, process_group, world
     from utils.run import check_request
 
-    check_request(name=args.name, resume=args.resume, device=args.device, processes=args.gpus)
+    folders = [config.utils.checkpoint_dir, args.save_images]
+    check_request(name=args.name, resume=args.resume, device=args.device, processes=args.gpus, folders=folders)
     if args.gpus > 1 and world().size == 1:
         return launch(args.gpus)
     with process_group(args.device, timeout=config.training.process_timeout) as here:

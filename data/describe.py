@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import warnings
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import Any
@@ -27,12 +29,16 @@ ROLES = ("unlabeled", "labeled", "train", "val", "test")  # "unlabeled" first: i
 
 @dataclass(frozen=True)
 class Layout:
-    """Where images and label maps lie below a root: patterns with {id}, ids with both, and ids with an image alone."""
+    """Where images and label maps lie below a root: patterns with {id}, ids with both, and ids with an image alone.
+
+    left_out: photographs, as paths below the root, that the patterns do not name.
+    """
 
     images: str
     labels: str
     pairs: list[str]
     alone: list[str]
+    left_out: Sequence[str] = ()
 
 
 @dataclass
@@ -73,8 +79,13 @@ def describe(
     found = Description({}, [
         f"images              {layout.images}: {len(layout.pairs) + len(layout.alone)}",
         f"label maps          {layout.labels}: {len(layout.pairs)}",
-        *_unused(root, layout),
     ], seed=seed)  # fmt: skip
+    if layout.left_out:
+        warnings.warn(
+            f"{len(layout.left_out)} photographs are left out, for example {layout.left_out[0]}: all images, labeled "
+            f"or not, must fit {layout.images}. Move them into one folder, or folders below it, with one ending",
+            stacklevel=2,
+        )
     block = {"name": name, "root": str(root), "images": layout.images, "labels": layout.labels}
     ignore_label = _describe_classes(root, layout, block, found.notes)
     _Lists(root, layout, lists, found).describe(block, labeled, val)
@@ -107,17 +118,6 @@ def _preset(root: Path) -> str | None:
     return None
 
 
-def _unused(root: Path, layout: Layout) -> list[str]:
-    """A note of images that the layout leaves out: in other folders, or of other endings."""
-    taken = {layout.images.replace("{id}", one) for one in layout.pairs + layout.alone}
-    taken |= {layout.labels.replace("{id}", one) for one in layout.pairs}
-    found = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    others = [name for path in found if (name := path.relative_to(root).as_posix()) not in taken]
-    if not others:
-        return []
-    return [f"not used            {len(others)} other image files, for example {others[0]}: one folder, one ending"]
-
-
 # ---------------------------------------------------------------------------------------------------- files
 
 
@@ -126,14 +126,17 @@ def find_layout(root: Path) -> Layout:
     photos, masks = _families(root)
     candidates = [
         layout
-        for photo_place, photo_ids in photos.items()
-        for mask_place, mask_ids in masks.items()
+        for photo_place, photo_ids in _large(photos).items()
+        for mask_place, mask_ids in _large(masks).items()
         if (layout := _pair(photo_place, photo_ids, mask_place, mask_ids)) is not None
     ]
     if not candidates:
         raise UserError(_why_no_pairs(root, photos, masks))
     # VOC keeps maps of objects beside those of classes.
-    return max(candidates, key=lambda one: (len(one.pairs), "object" not in one.labels.lower(), one.images))
+    best = max(candidates, key=lambda one: (len(one.pairs), "object" not in one.labels.lower(), one.images))
+    taken = {best.images.replace("{id}", one) for one in best.pairs + best.alone}
+    all_photos = (one + ending for (folder, ending), ids in photos.items() if not folder for one in ids)
+    return replace(best, left_out=sorted(set(all_photos) - taken))
 
 
 Place = tuple[str, str]  # (folder below root, "" for root itself; file ending)
@@ -158,7 +161,7 @@ def _families(root: Path) -> tuple[dict[Place, list[str]], dict[Place, list[str]
             above, below_it = "/".join(parts[:depth]), "/".join(parts[depth:])
             ids = (f"{below_it}/{stem}" if below_it else stem for stem in stems)
             kind.setdefault((above, ending), []).extend(ids)
-    return _large(photos), _large(masks)
+    return photos, masks
 
 
 def _large(places: dict[Place, list[str]]) -> dict[Place, list[str]]:
@@ -321,7 +324,7 @@ class _Lists:
         if "val" not in block:
             rest = [one for one in self.layout.pairs if one not in held_out]
             order, _ = draw_order(rest, seed=self.seed)
-            drawn = sorted(order[: count_of(parse_amount(val), len(rest), what="val")])
+            drawn = sorted(order[: count_of(parse_amount(val), len(rest), what="val", round_up=True)])
             block["val"] = self._make("val", drawn)
             held_out |= set(drawn)
         train = self._only("train")
@@ -347,7 +350,8 @@ class _Lists:
         else:
             order, _ = draw_order(with_mask, seed=self.seed)
             amount = amount or parse_amount("1/8")
-            chosen, how = order[: count_of(amount, len(with_mask))], f"{amount} of {len(with_mask)}, seed {self.seed}"
+            chosen = order[: count_of(amount, len(with_mask), round_up=True)]
+            how = f"{amount} of {len(with_mask)}, seed {self.seed}"
         if not chosen or len(chosen) == len(ids):
             raise UserError(
                 f"{self.root}: besides val and test {len(ids)} images, {len(chosen)} of them labeled; expected both "

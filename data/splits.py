@@ -78,9 +78,15 @@ def parse_amount(text: str) -> Fraction | int:
     return amount if amount < 1 else int(amount)
 
 
-def count_of(amount: Fraction | int, total: int, *, what: str = "labeled") -> int:
-    """How many images an amount is of ``total``. Raises UserError if none or all are left for the other list."""
+def count_of(amount: Fraction | int, total: int, *, what: str = "labeled", round_up: bool = False) -> int:
+    """How many images an amount is of ``total``. Raises UserError if none or all are left for the other list.
+
+    round_up: a fraction of less than half an image is one.
+    """
     count = amount if isinstance(amount, int) else round(amount * total)
+    count = 1 if round_up and not isinstance(amount, int) and count == 0 else count
+    if total < 2:
+        raise UserError(f"--{what} {amount}: images with a label map to choose from: {total}; expected at least 2")
     if not 0 < count < total:
         raise UserError(
             f"--{what} {amount}: of {total} images that is {count}; expected 1 to {total - 1}, for example --{what} 1"

@@ -310,6 +310,16 @@ BAD_CONFIGS: dict[str, tuple[Any, list[str]]] = {
     "a run folder with a null byte": ({"utils__checkpoint_dir": "a\0b"}, []),
     "a checkpoint that is a configuration": ({}, ["--resume", "config.json"]),
     "a checkpoint folder without one": ({}, ["--resume", "data"]),
+    "pictures below a file": ({}, ["--save-images", "config.json/pictures"]),
+}
+BAD_CONFIGS |= {  # a dry run says it too
+    f"{case}, dry": (BAD_CONFIGS[case][0], [*BAD_CONFIGS[case][1], "--dry-run"])
+    for case in (
+        "a run folder below a file",
+        "a checkpoint that is a configuration",
+        "a checkpoint folder without one",
+        "pictures below a file",
+    )
 }
 
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,8 +63,13 @@ class Run:
                 signal.signal(number, handler)
 
 
-def check_request(*, name: str, resume: str | None, device: str, processes: int = 1) -> None:
-    """What can be said of a training command before its data are looked at; raises as ``start_run``."""
+def check_request(
+    *, name: str, resume: str | None, device: str, processes: int = 1, folders: Sequence[str | Path | None] = ()
+) -> None:
+    """What can be said of a training command before its data are looked at; raises as ``start_run``.
+
+    folders: where it will write.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{,99}", name):
         raise UserError(
             f"--name {name!r}: expected at most 100 letters, digits and . _ + -, because it becomes a folder's name"
@@ -79,6 +84,10 @@ def check_request(*, name: str, resume: str | None, device: str, processes: int 
         )
     if resume not in (None, "auto") and not Path(resume).exists():
         raise CheckpointError(f"{resume}: no such checkpoint")
+    for folder in (Path(one) for one in folders if one is not None):
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise UserError(f"{folder}: nothing can be written there; {there} is no folder, or not yours to write to")
 
 
 def start_run(
@@ -105,6 +114,8 @@ def start_run(
         make_deterministic()
     where = choose_device(device, here)
     if dry:
+        if (path := _path_to_continue(config, name=name, resume=resume)) is not None:
+            _load(path, resume, config)
         scratch = tempfile.TemporaryDirectory(prefix="dry-run-")
         return Run(Path(scratch.name), where, scratch=scratch)
     if not here.is_first:
@@ -117,19 +128,30 @@ def start_run(
 
 def _open_run(config: Config, where: torch.device, *, name: str, resume: str | None) -> tuple[Run, Path | None]:
     """The run, and the checkpoint that it continues from."""
-    path = newest_checkpoint(config, name) if resume == "auto" else Path(resume) if resume else None
-    path = path / "checkpoint.pth" if path is not None and path.is_dir() else path
+    path = _path_to_continue(config, name=name, resume=resume)
     if path is None:
         folder = _new_folder(Path(config.utils.checkpoint_dir), name)
         (folder / "config.json").write_text(json.dumps(dump_config(config), indent=1) + "\n", encoding="utf-8")
         return Run(folder, where), None
-    named = load_checkpoint(path) if resume != "auto" else None  # before anything is written or removed beside it
+    named = _load(path, resume, config) if resume != "auto" else None  # before anything is written or removed beside it
     run = Run(path.parent, where)
-    found, checkpoint = (path, named) if named is not None else _load_newest_good(path)
-    refuse_other_config(found, json.loads(checkpoint["config"]), dump_config(config))
+    found, checkpoint = named or _load(path, resume, config)
     run.checkpoint = checkpoint
     run.step_on_disk = checkpoint["step"] if found.name == "checkpoint.pth" else None
     return run, found
+
+
+def _path_to_continue(config: Config, *, name: str, resume: str | None) -> Path | None:
+    """The checkpoint that ``resume`` names or means."""
+    path = newest_checkpoint(config, name) if resume == "auto" else Path(resume) if resume else None
+    return path / "checkpoint.pth" if path is not None and path.is_dir() else path
+
+
+def _load(path: Path, resume: str | None, config: Config) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint, or for "auto" an older one if it is damaged; CheckpointError if it does not fit the config."""
+    found, checkpoint = (path, load_checkpoint(path)) if resume != "auto" else _load_newest_good(path)
+    refuse_other_config(found, json.loads(checkpoint["config"]), dump_config(config))
+    return found, checkpoint
 
 
 def make_deterministic() -> None:
