@@ -228,6 +228,20 @@ def test_a_setting_without_effect_is_accepted_with_one_warning(settings: dict[st
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"seed": 1, // mine\n"dataset": "pascal_voc"}', "line 1, column 13: not JSON .*; JSON has no comments"),
+        ('{"seed": [1,]}', "comma"),
+        (" \n", "c.json: is empty"),
+    ],
+)
+def test_what_people_write_and_json_does_not_know_is_named(tmp_path: Path, text: str, message: str):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "c.json")
+
+
 def test_a_term_that_is_off_is_not_said_to_start_too_late():
     off = {"training__contrastive__high_weight": 0, "training__contrastive__low_weight": 0}
     late = {"training__num_iterations": 3, "training__contrastive__contrast_start": 4}

@@ -187,7 +187,7 @@ def test_images_that_are_left_out_are_told_and_damaged_ones_do_not_matter(tmp_pa
     for name in IDS[:3]:
         photo(root / f"val/images/{name}x.jpg")
     (root / f"train/images/{IDS[0]}.jpg").write_bytes(b"not an image")
-    told = f"3 photographs are left out, for example val/images/{IDS[0]}x.jpg: all images, labeled or not, must fit train/"
+    told = f"3 photographs are left out, for example val/images/{IDS[0]}x.jpg: all images, labeled or not, must fit"
     with pytest.warns(UserWarning, match=told):
         found = describe(root, name="mine", lists=tmp_path / "lists")
     assert found.values["dataset"]["images"] == "train/images/{id}.jpg"

@@ -559,6 +559,13 @@ def _flat(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _json_hint(rest: str) -> str:
+    """What people write that JSON does not know, from what follows the place of an error."""
+    if rest.startswith(("//", "/*", "#")):
+        return "; JSON has no comments"
+    return "; no comma stands before a closing bracket" if rest.startswith(("}", "]")) else ""
+
+
 def _parse_json(text: str, source: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -575,7 +582,8 @@ def _parse_json(text: str, source: str) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{source}: not a configuration, its brackets are nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{source}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+        where = f"line {error.lineno}, column {error.colno}: not JSON ({error.msg})" if text.strip() else "is empty"
+        raise UserError(f"{source}: {where}{_json_hint(text[error.pos :])}") from None
     except ValueError as error:  # a number of thousands of digits
         raise UserError(f"{source}: not a configuration ({error})") from None
     if not isinstance(values, dict):

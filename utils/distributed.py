@@ -1,7 +1,9 @@
 """Several processes as one run, on torch's own engine: started by torchrun, Slurm's srun under it, or ``--gpus N``.
 
-Every process trains its share of each batch. What is random is keyed by the place in the global batch, so that the
-number of processes changes no draw. All functions do nothing, and give back what they got, in a run of one process.
+Every process trains its share of each batch. Which images a step sees and how they are cropped does not depend on the
+number of processes; masks, jitter and dropout are drawn for each part of the batch that is computed at once, keyed by
+its place, so that two processes draw what one does in two parts. All functions do nothing, and give back what they
+got, in a run of one process.
 """
 
 import datetime
