@@ -154,6 +154,14 @@ def test_cow_blobs_do_not_grow_with_sigma() -> None:
     assert border_share(4.0) > 1.5 * border_share(8.0) > 1.5**2 * border_share(16.0)
 
 
+@pytest.mark.parametrize("kind", ["class", "cut", "cow"])
+def test_masks_are_the_same_in_a_step_of_bfloat16(kind: str) -> None:
+    maps = torch.randint(0, 4, (3, 60, 80), generator=seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = draw_mix_masks(kind, maps, seeded())
+    assert torch.equal(inside, draw_mix_masks(kind, maps, seeded()))
+
+
 def test_cow_smoothing_is_not_gaussian() -> None:
     # One noise pixel far from the border spreads as exp(-r^2 / (2 sigma^2)), the same along both sides.
     noise = torch.zeros(41, 61)

@@ -115,7 +115,8 @@ def _blobs(noise: Tensor, sigma: float) -> Tensor:
         at = torch.arange(noise.shape[dim], device=noise.device)
         # Columns sum to 1, border included: a dense product, since the kernel is as wide as the image anyway.
         kernel = torch.exp(-0.5 * ((at - at.unsqueeze(1)) / sigma).square())
-        noise = (noise.transpose(dim, -1) @ (kernel / kernel.sum(dim=0))).transpose(dim, -1)
+        with torch.autocast(noise.device.type, enabled=False):  # a mask does not depend on training.precision
+            noise = (noise.transpose(dim, -1) @ (kernel / kernel.sum(dim=0))).transpose(dim, -1)
     return (noise > noise.mean(dim=(-2, -1), keepdim=True)).float()
 
 
