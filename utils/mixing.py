@@ -109,14 +109,15 @@ def _draw_integer(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
+@torch.autocast("cpu", enabled=False)  # a mask does not depend on training.precision
+@torch.autocast("cuda", enabled=False)
 def _blobs(noise: Tensor, sigma: float) -> Tensor:
     """Smooth (..., H, W) noise along both sides and threshold each map at its mean."""
     for dim in (-1, -2):
         at = torch.arange(noise.shape[dim], device=noise.device)
         # Columns sum to 1, border included: a dense product, since the kernel is as wide as the image anyway.
         kernel = torch.exp(-0.5 * ((at - at.unsqueeze(1)) / sigma).square())
-        with torch.autocast(noise.device.type, enabled=False):  # a mask does not depend on training.precision
-            noise = (noise.transpose(dim, -1) @ (kernel / kernel.sum(dim=0))).transpose(dim, -1)
+        noise = (noise.transpose(dim, -1) @ (kernel / kernel.sum(dim=0))).transpose(dim, -1)
     return (noise > noise.mean(dim=(-2, -1), keepdim=True)).float()
 
 
