@@ -246,7 +246,13 @@ def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: 
         values = list(tqdm(pool.map(_values, paths), total=len(paths), unit="label map", disable=None))
     found = sorted(set().union(*(one for one in values if one is not None)))
     damaged = sum(one is None for one in values)
-    notes.append(f"ids in label maps    {spans_text(set(found))}" + (f"; {damaged} cannot be read" if damaged else ""))
+    counts = Counter(value for one in values for value in one or ())
+    stray = {value for value in found if counts[value] == 1} if len(paths) >= 10 else set()
+    notes.append(
+        f"ids in label maps    {spans_text(set(found))}"
+        + (f"; in one of {len(paths)} alone, so perhaps stray: {spans_text(stray)}" if stray else "")
+        + (f"; {damaged} cannot be read" if damaged else "")
+    )
     given = _names_in_files(root)
     if given:
         block |= {key: given[key] for key in ("names", "palette") if given.get(key)}

@@ -150,6 +150,14 @@ def test_classes_from_ids(tmp_path: Path, values: tuple[int, ...], expected: dic
     assert {key: block[key] for key in ("names", "num_classes", "label_ids") if key in block} == expected
 
 
+def test_an_id_in_one_of_many_label_maps_is_told(tmp_path: Path):
+    for index in range(10):
+        photo(tmp_path / f"root/images/{index}.jpg")
+        mask(tmp_path / f"root/masks/{index}.png", 0, 1, *([2] if index < 2 else [77] if index == 5 else []))
+    notes = describe(tmp_path / "root", name="mine", lists=tmp_path / "lists").notes
+    assert "ids in label maps    0..2, 77; in one of 10 alone, so perhaps stray: 77" in notes
+
+
 def test_names_and_palette_from_a_file(tmp_path: Path):
     root = tmp_path / "root"
     for name in IDS:

@@ -40,13 +40,16 @@ def keep_study(study: Path, output: Path) -> Results:
 
 
 def thinned(lines: Sequence[Mapping[str, Any]], count: int = LOG_LINES) -> list[dict[str, Any]]:
-    """Lines of a log at about ``count`` steps evenly spaced and at every validation, without what is told by class."""
+    """Lines of a log at about ``count`` steps evenly spaced and at every validation, the last ones among them.
+
+    What is told by class is in the last line alone.
+    """
     validations = [line for line in lines if any(tag.startswith("val/") for tag in line)]
     others = [line for line in lines if not any(tag.startswith("val/") for tag in line)]
     stride = max(1, -(-len(others) // count))
     chosen = [*others[::-1][::stride][::-1], *validations]
     return [
-        {tag: _rounded(value) for tag, value in line.items() if not _is_of_class(tag)}
+        {tag: _rounded(value) for tag, value in line.items() if line in others[-1:] or not _is_of_class(tag)}
         for line in sorted(chosen, key=lambda line: line["step"])
     ]
 
