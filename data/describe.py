@@ -319,6 +319,8 @@ class _Lists:
     def describe(self, block: dict[str, Any], labeled: str | None, val: str) -> None:
         """The keys train or labeled and unlabeled, val, and test of a dataset's block."""
         given = labeled if labeled and (self.root / labeled).is_file() else None
+        if given and (unknown := [one for one in self._ids(given) if one not in self.known]):
+            raise UserError(f"--labeled {given}: no image {self.layout.images.replace('{id}', unknown[0])}")
         amount = parse_amount(labeled) if labeled and not given else None
         held_out: set[str] = set()
         for role in ("test", "val"):

@@ -150,6 +150,15 @@ def test_classes_from_ids(tmp_path: Path, values: tuple[int, ...], expected: dic
     assert {key: block[key] for key in ("names", "num_classes", "label_ids") if key in block} == expected
 
 
+def test_a_list_of_file_names_in_the_place_of_ids_is_refused(tmp_path: Path):
+    for index in range(10):
+        photo(tmp_path / f"root/images/{index}.jpg")
+        mask(tmp_path / f"root/masks/{index}.png", 0, 1)
+    (tmp_path / "root/mine.txt").write_text("1.jpg\n2.jpg\n")
+    with pytest.raises(UserError, match=r"--labeled mine\.txt: no image images/1\.jpg\.jpg"):
+        describe(tmp_path / "root", name="mine", lists=tmp_path / "lists", labeled="mine.txt")
+
+
 def test_an_id_in_one_of_many_label_maps_is_told(tmp_path: Path):
     for index in range(10):
         photo(tmp_path / f"root/images/{index}.jpg")
