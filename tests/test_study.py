@@ -846,10 +846,15 @@ def test_a_kept_study_never_replaces_another(tmp_path: Path, stand_in: Path):
 
 def test_a_thinned_log_keeps_validations_and_the_last_line_where_alone_is_what_is_told_by_class():
     lines = [{"step": s, "supervised/0": 1 / s, "bank_fill_of_class/0/sky": 0.5} for s in range(1, 101)]
-    lines += [{"step": 50, "val/ensemble": 0.123456, "val_iou/ensemble/sky": 0.5}]
+    lines += [{"step": 50, "val/ensemble": 0.123456, "val_iou/ensemble/sky": 0.5, "val_iou/teacher_0/sky": 0.4}]
     kept = thinned(lines, 10)
     assert [line["step"] for line in kept] == [10, 20, 30, 40, 50, 50, 60, 70, 80, 90, 100]
-    assert {tag for line in kept[:-1] for tag in line} == {"step", "supervised/0", "val/ensemble"}
+    assert {tag for line in kept[:-1] for tag in line} == {
+        "step",
+        "supervised/0",
+        "val/ensemble",
+        "val_iou/ensemble/sky",
+    }
     assert kept[-1] == {"step": 100, "supervised/0": 0.01, "bank_fill_of_class/0/sky": 0.5}
     assert thinned(kept, 100) == kept
     assert kept[5]["val/ensemble"] == 0.1235

@@ -42,14 +42,14 @@ def keep_study(study: Path, output: Path) -> Results:
 def thinned(lines: Sequence[Mapping[str, Any]], count: int = LOG_LINES) -> list[dict[str, Any]]:
     """Lines of a log at about ``count`` steps evenly spaced and at every validation, the last ones among them.
 
-    What is told by class is in the last line alone.
+    What is told by class is in the last line alone, but for the ensemble's IoU.
     """
     validations = [line for line in lines if any(tag.startswith("val/") for tag in line)]
     others = [line for line in lines if not any(tag.startswith("val/") for tag in line)]
     stride = max(1, -(-len(others) // count))
     chosen = [*others[::-1][::stride][::-1], *validations]
     return [
-        {tag: _rounded(value) for tag, value in line.items() if line in others[-1:] or not _is_of_class(tag)}
+        {tag: _rounded(value) for tag, value in line.items() if line in others[-1:] or not _is_dropped(tag)}
         for line in sorted(chosen, key=lambda line: line["step"])
     ]
 
@@ -75,8 +75,9 @@ def _keep_job(job: Path, output: Path) -> None:
     write_whole(kept / "log.jsonl", text.encode())
 
 
-def _is_of_class(tag: str) -> bool:
-    return "_of_class/" in tag or tag.startswith("val_iou/")
+def _is_dropped(tag: str) -> bool:
+    """Told by class, and not of the ensemble."""
+    return "_of_class/" in tag or (tag.startswith("val_iou/") and not tag.startswith("val_iou/ensemble/"))
 
 
 def _rounded(value: Any) -> Any:
