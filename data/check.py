@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.datasets import DatasetFiles
-from data.decode import read_image, read_label
+from data.decode import IMAGE_FORMATS, read_image, read_label
 from data.report import SHOWN, CropFacts, ListFacts, Report, count_text, size_text, some_text, spans_text
 from utils.config import CITYSCAPES_IDS, Config, parse_size
 from utils.errors import UserError
@@ -223,7 +223,8 @@ def _inspect_file(path: Path, *, is_label: bool) -> _File:
     if is_label and kind == "PNG" and mode not in ("L", "P"):
         return _File("label mode", detail=f"mode {_MODES.get(mode, mode)}", **facts)
     if is_label and kind not in ("PNG", ""):
-        return _File("damaged", detail=f"a {kind} file, whose losses change ids; expected PNG", **facts)
+        losses = ", whose losses change ids" if kind in ("JPEG", "WEBP") else ""
+        return _File("damaged", detail=f"a {kind} file{losses}; expected PNG", **facts)
     try:
         if is_label:
             return _File(pixels=np.bincount(read_label(path).ravel(), minlength=256), **facts)
@@ -237,11 +238,11 @@ def _inspect_file(path: Path, *, is_label: bool) -> _File:
 
 
 def _header(content: bytes) -> tuple[tuple[int, int] | None, str, str, bool]:
-    """(width, height), Pillow's mode, "PNG" or "JPEG", and whether EXIF asks for a turn; nothing where unreadable."""
+    """(width, height), Pillow's mode and format, and whether EXIF asks for a turn; nothing where unreadable."""
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-            # In a PNG this could stand behind the pixels, which would have to be decoded to find it.
-            orientation = 1 if image.format == "PNG" else image.getexif().get(0x0112, 1)
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            # In a PNG this could stand behind the pixels, which would have to be decoded; a TIFF is decoded turned.
+            orientation = 1 if image.format in ("PNG", "TIFF") else image.getexif().get(0x0112, 1)
             return image.size, image.mode, image.format or "", orientation in range(2, 9)
     except _DECODING:
         return None, "", "", False

@@ -7,12 +7,14 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.errors import UserError
 
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 MAX_PIXELS = 100_000_000  # refused from the header: nobody labels such images, but a small file can claim to be one
 
 
 def read_image(path: Path) -> np.ndarray:
     """(H,W,3) uint8 RGB. Raises UserError with the path when the file is missing or damaged."""
-    with _open(path) as image:
+    with _open(path) as image:  # of a file of several, the first
         if image.mode.startswith(("I", "F")):  # clipped, every value above 255 would be white
             raise UserError(f"{path}: an image of mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
         return np.array(_decode(image, path, "RGB"))
@@ -35,13 +37,13 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def _open(path: Path, *, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Image.Image:
+def _open(path: Path, *, formats: tuple[str, ...] = IMAGE_FORMATS) -> Image.Image:
     try:
         image = Image.open(path, formats=formats)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, but a list names it") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable {' or '.join(formats)} file ({error})") from None
+        raise UserError(f"{path}: not a readable {', '.join(formats)} file ({error})") from None
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise UserError(f"{path}: {image.width} x {image.height} pixels; refused above {MAX_PIXELS:,}")

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.decode import image_size, read_label
+from data.decode import IMAGE_ENDINGS, image_size, read_label
 from data.report import spans_text
 from data.splits import count_of, draw_order, hash_of, parse_amount, write_ids
 from utils.errors import UserError
@@ -150,7 +150,7 @@ def _families(root: Path) -> tuple[dict[Place, list[str]], dict[Place, list[str]
         here = PurePosixPath(Path(folder).relative_to(root).as_posix())
         for name in names:
             ending = PurePosixPath(name).suffix
-            if ending.lower() in (".jpg", ".jpeg", ".png") and not name.startswith("."):
+            if ending.lower() in IMAGE_ENDINGS and not name.startswith("."):
                 folders.setdefault((here.as_posix(), ending), []).append(name.removesuffix(ending))
     photos: dict[Place, list[str]] = {}
     masks: dict[Place, list[str]] = {}
@@ -223,12 +223,12 @@ def _why_no_pairs(root: Path, photos: dict[Place, list[str]], masks: dict[Place,
         return sum(len(ids) for (folder, _), ids in places.items() if not folder)
 
     if not count(photos):
-        return f"{root}: no photographs (.jpg or .png) below this folder"
+        return f"{root}: no photographs ({', '.join(IMAGE_ENDINGS)}) below this folder"
     if not count(masks):
         return (
             f"{root}: {count(photos)} images, but no label maps: 8-bit gray or palette PNGs of class ids. "
-            "Colored (RGB), 16-bit or JPEG ones must be converted to class ids first; beside PNG images they need "
-            "a folder of their own"
+            "Colored (RGB), 16-bit, JPEG or TIFF ones must be converted to class ids first; beside PNG images they "
+            "need a folder of their own"
         )
     return (
         f"{root}: {count(photos)} photographs and {count(masks)} label maps, but no names that agree. Expected for "

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.decode import IMAGE_ENDINGS
 from data.transforms import resize
 from utils.config import parse_size
 from utils.errors import UserError
-
-ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 class Photo(NamedTuple):
@@ -31,16 +30,16 @@ def find_photos(source: Path, *, output: Path) -> list[Photo]:
         if output.resolve() == source.resolve():
             raise UserError(f"{output}: is the folder of the photographs; choose another one for what is made of them")
         below = output.resolve()
-        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
         paths = [path for path in paths if not path.resolve().is_relative_to(below)]
         relative = [PurePosixPath(path.relative_to(source).as_posix()) for path in paths]
         shown = [one for one in zip(paths, relative, strict=True) if not any(p.startswith(".") for p in one[1].parts)]
-    elif source.suffix.lower() in ENDINGS:
+    elif source.suffix.lower() in IMAGE_ENDINGS:
         shown = [(source, PurePosixPath(source.name))]
     else:
         shown = _listed(source)
     if not shown:
-        raise UserError(f"{source}: no image here; expected {', '.join(ENDINGS)}")
+        raise UserError(f"{source}: no image here; expected {', '.join(IMAGE_ENDINGS)}")
     if missing := [str(path) for path, _ in shown if not path.is_file()]:
         raise UserError(f"{source}: {len(missing)} of {len(shown)} images do not exist, for example {missing[0]}")
     counts = Counter(name.with_suffix("") for _, name in shown)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data.decode import IMAGE_ENDINGS
 from utils.errors import UserError
 
 _HASH_IN_HEADER = re.compile(r"^#.*\bhash ([0-9a-f]{12})\b")
@@ -168,7 +169,7 @@ def import_ids(path: Path, known: Sequence[str], *, pattern: str) -> list[str]:
         place = first.rfind(before) if before else 0
         inner = first[place + len(before) :] if place >= 0 else first
         name = PurePosixPath(first).name.removesuffix(PurePosixPath(after).name)
-        stem = name.rsplit(".", 1)[0] if name.lower().endswith((".jpg", ".jpeg", ".png")) else name
+        stem = name.rsplit(".", 1)[0] if name.lower().endswith(IMAGE_ENDINGS) else name
         for candidate in (first, inner.removesuffix(after), inner):
             if candidate in is_known:
                 return candidate

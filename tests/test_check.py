@@ -282,9 +282,19 @@ def test_label_maps_that_hold_no_ids_are_an_error(check, root: Path, mode: str, 
     assert f"SegmentationClassAug/picture_1.png: mode {word}" in message
 
 
-def test_a_jpeg_label_is_refused_for_its_losses(check, root: Path):
+def test_a_label_map_in_another_format_is_refused(check, root: Path):
     Image.new("L", (60, 50)).save(root / "SegmentationClassAug/picture_1.png", format="JPEG")
     assert "picture_1.png: a JPEG file, whose losses change ids; expected PNG" in only(check().errors)
+    Image.new("L", (60, 50)).save(root / "SegmentationClassAug/picture_1.png", format="TIFF")
+    assert "picture_1.png: a TIFF file; expected PNG" in only(check().errors)
+
+
+@pytest.mark.parametrize("ending", ["tif", "webp", "bmp"])
+def test_images_of_other_formats_are_checked_as_any(check, root: Path, ending: str):
+    for name in IDS:
+        Image.open(root / f"JPEGImages/{name}.jpg").save(root / f"JPEGImages/{name}.{ending}")
+    report = check(dataset__images=f"JPEGImages/{{id}}.{ending}")
+    assert (report.errors, report.warnings) == ([], [])
 
 
 def test_sixteen_bit_images_that_would_be_read_as_white_are_an_error(check, root: Path):

@@ -52,6 +52,7 @@ def described(root: Path, **options: Any) -> tuple[dict[str, Any], DatasetFiles,
         ("{id}.jpg", "{id}.png", ("{id}.jpg", "{id}.png")),
         ("{id}.JPEG", "gt/{id}_mask.png", ("{id}.JPEG", "gt/{id}_mask.png")),
         ("rgb/{id}_rgb.png", "lab/{id}_label.png", ("rgb/{id}_rgb.png", "lab/{id}_label.png")),
+        ("tiles/{id}.tif", "ids/{id}.png", ("tiles/{id}.tif", "ids/{id}.png")),
         ("all/photos/{id}.png", "all/ids/{id}.png", ("all/photos/{id}.png", "all/ids/{id}.png")),
     ],
 )
@@ -272,7 +273,7 @@ def ignored(root: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (colored, r"48 images, but no label maps: .*Colored \(RGB\), 16-bit or JPEG ones must be converted"),
+        (colored, r"48 images, but no label maps: .*Colored \(RGB\), 16-bit, JPEG or TIFF ones must be converted"),
         (unrelated, "24 photographs and 24 label maps, but no names that agree"),
         (empty, "no photographs"),
         (ignored, "hold nothing but 255"),

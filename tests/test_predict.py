@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_image_a_folder_and_a_list(tmp_path: Path):
-    for name in ("a.jpg", "b/c.PNG", "b/d.jpeg", ".hidden/e.jpg", "out/labels/a.png"):
+    for name in ("a.jpg", "b/c.PNG", "b/d.tif", ".hidden/e.jpg", "out/labels/a.png"):
         image(tmp_path / name.lower()).rename(tmp_path / name)
     (tmp_path / "notes.txt").write_text("# two\nb/c.PNG\na.jpg\n")
     out = tmp_path / "out"
