@@ -142,6 +142,7 @@ class CrossTeacher(nn.Module):
 
     def total_loss(self, losses: Losses, *, step: int) -> Tensor:
         """The weighted sum over terms and peers; a term that is missing or not expected at this step is our mistake."""
+        assert self.logit_shift is not None or not self.config.training.logit_adjustment, "it needs class_shares"
         expected = {(term, own) for term in self.active_terms(step) for own, _ in PEERS}
         assert set(losses) == expected, f"losses {sorted(losses)}, expected {sorted(expected)}"
         return torch.stack([self.loss_weights[term] * loss for (term, _), loss in losses.items()]).sum()

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from utils.config import dump_config, load_config
 from utils.study import measured
-from utils.study_figures import draw_pictures
+from utils.study_figures import _signals, draw_pictures
 from utils.study_report import as_markdown, overview
 from utils.study_results import results_of_study
 
@@ -22,6 +23,16 @@ def test_the_pages_show_the_tables_that_the_files_give(study: Path):
     results = results_of_study(study)
     assert overview(results) in (PROJECT / "results/README.md").read_text()
     assert (study / "report.md").read_text() == as_markdown(results, draw_pictures(results))
+
+
+def test_no_band_of_a_share_leaves_what_a_share_can_be():
+    results = results_of_study(PROJECT / "results/labels_1_8_adjusted")
+    figure = Figure()
+    assert _signals(figure, results)
+    heights = [path.vertices[:, 1] for axes in figure.axes for band in axes.collections for path in band.get_paths()]
+    assert len(heights) >= 8
+    assert min(map(min, heights)) >= 0
+    assert max(map(max, heights)) <= 1
 
 
 def test_the_readme_shows_a_study_s_table():

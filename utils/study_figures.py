@@ -1,6 +1,7 @@
 """The pictures of a study's report, each as a PNG and as an SVG that takes the colors of its page."""
 
 import io
+import math
 import re
 import statistics
 import textwrap
@@ -118,11 +119,11 @@ def _terms(figure: Any, results: Results) -> bool:
 
 def _signals(figure: Any, results: Results) -> bool:
     """What the unlabeled terms are fed with, and whether the coupling is low: shares of pixels, means over students."""
-    return _panels(figure, results, SIGNALS)
+    return _panels(figure, results, SIGNALS, top=1.0)
 
 
-def _panels(figure: Any, results: Results, panels: Mapping[str, Sequence[str]]) -> bool:
-    """A curve of each row below each title, the mean of what was logged under its keys, smoothed."""
+def _panels(figure: Any, results: Results, panels: Mapping[str, Sequence[str]], *, top: float = math.inf) -> bool:
+    """A curve of each row below each title, the mean of what was logged under its keys, smoothed; none passes top."""
     curves = {title: {row: row.curve(*keys) for row in results.rows} for title, keys in panels.items()}
     curves = {title: {row: one for row, one in found.items() if one} for title, found in curves.items()}
     curves = {title: found for title, found in curves.items() if found}
@@ -133,7 +134,7 @@ def _panels(figure: Any, results: Results, panels: Mapping[str, Sequence[str]]) 
     places = list(figure.subplots(down, min(2, len(curves)), squeeze=False).flat)
     for axes, (title, found) in zip(places, curves.items(), strict=False):
         for row, curve in found.items():
-            _band(axes, _smooth(curve), results, row)
+            _band(axes, _smooth(curve), results, row, top=top)
         axes.set_title(title)
         axes.set_xlabel("step")
         _grid(axes, "both")
@@ -151,16 +152,18 @@ _PICTURES: Mapping[str, tuple[Any, str]] = {
 }
 
 
-def _band(axes: Any, curve: Mapping[int, Sequence[float]], results: Results, row: Row) -> None:
-    """Mean of the values at each step, within a standard deviation."""
+def _band(
+    axes: Any, curve: Mapping[int, Sequence[float]], results: Results, row: Row, *, top: float = math.inf
+) -> None:
+    """Mean of the values at each step, within a standard deviation, where values can be: from 0 to ``top``."""
     steps = list(curve)
     means = [statistics.mean(values) for values in curve.values()]
     spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in curve.values()]
     color, line = _color(results, row), LINES[results.rows.index(row) // len(COLORS) % len(LINES)]
     marker = "o" if len(steps) < 3 else ""
     axes.plot(steps, means, color=color, linestyle=line, linewidth=1.5, marker=marker, markersize=3, label=row.label)
-    low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
-    high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+    low = [max(0.0, mean - spread) for mean, spread in zip(means, spreads, strict=True)]
+    high = [min(top, mean + spread) for mean, spread in zip(means, spreads, strict=True)]
     if any(spreads):
         axes.fill_between(steps, low, high, color=color, alpha=0.2 if len(results.rows) <= 4 else 0.1, linewidth=0)
 

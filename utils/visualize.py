@@ -149,7 +149,8 @@ def save_picture(path: Path, columns: Mapping[str, Any], *, title: str, config: 
             else:
                 shown = colorize(image, palette, ignore_label=ignore_label)
             drawn = axes[row][column].imshow(shown, **how)
-            axes[row][column].set_axis_off()
+            axes[row][column].set(xticks=[], yticks=[])
+            axes[row][column].spines[:].set_color("gray")  # a white panel has an edge
         if images.dtype.kind == "f" and images.ndim == 3:
             figure.colorbar(
                 drawn, ax=[axes[row][column] for row in range(rows)], fraction=0.05, pad=0.02, aspect=20 * rows
