@@ -69,10 +69,10 @@ def keep(args: argparse.Namespace) -> int:
 
 
 def show_overview(args: argparse.Namespace) -> int:
-    from utils.study_report import overview
+    from utils.study_report import differences, overview
     from utils.study_results import results_of_study
 
-    print("\n".join(overview(results_of_study(study)) for study in args.studies), end="")
+    print((differences if args.differences else overview)(*map(results_of_study, args.studies)), end="")
     return 0
 
 

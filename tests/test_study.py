@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.study import PRESETS, SCRIPTS, Study, cells, plan_study, shown
 from utils.study_figures import draw_pictures
 from utils.study_keep import keep_study, thinned
-from utils.study_report import as_markdown, overview, write_report
+from utils.study_report import as_markdown, differences, overview, write_report
 from utils.study_results import Record, Results, Row, refuse_mixing, results_of_folders, results_of_study
 from utils.study_run import Runner, check_places, describe_plan, last_error
 
@@ -782,6 +782,29 @@ def test_what_cannot_be_measured_is_told_and_the_rest_is_done(
         "| --- | --- | --- | --- |",
         "| training.unlabeled.teacher=self | 0 | no result | no result |",
         "| training.unlabeled.teacher=cross | 1 | 60.0 | 40.0 |",
+    ]
+
+
+def test_differences_of_several_studies_are_one_table_with_each_seed_s(tmp_path: Path):
+    for name, scores in (("self", (0.5, 0.6)), ("cross", (0.52, 0.5999))):
+        for seed, score in enumerate(scores):
+            setting = [f"training.unlabeled.teacher={name}"]
+            make_run(tmp_path / f"first/{name}/{seed}", score, seed=seed, settings=setting)
+    for name, score in (("cut", 0.7), ("class", 0.6)):
+        run = make_run(tmp_path / f"second/{name}", score, settings=[f"training.unlabeled.mix_mask={name}"])
+        test = run / "evaluation-test-original/result.json"
+        test.parent.mkdir()
+        result = json.loads((run / "result.json").read_text())
+        models = {"ensemble": {"mean_iou": 0.2 + score / 2, "pixel_accuracy": 0.9, "iou": {}}}
+        test.write_text(json.dumps(result | {"split": "test", "models": models}))
+    studies = [results_of_folders([tmp_path / name], []) for name in ("first", "second")]
+    first, second = (study.rows[1].label for study in studies)
+    assert (first, second) == ("training.unlabeled.teacher=self", "training.unlabeled.mix_mask=cut")
+    facts = " | ".join(str(studies[0].facts[key]) for key in ("labeled", "step"))
+    title = studies[0].title
+    assert differences(*studies).splitlines()[2:] == [
+        f"| {title} | {facts} | {first} | -1.0 (-2.0, +0.0) | - | -1.0 (-2.0, +0.0) | - |",
+        f"| {title} | {facts} | {second} | +10.0 | +5.0 | +10.0 | +0.0 |",
     ]
 
 

@@ -268,7 +268,14 @@ def overview_parser() -> argparse.ArgumentParser:
         prog="ablate.py overview",
         description="Print a short Markdown table of each study: its rows on all lists of images.",
     )
-    parser.add_argument("studies", type=Path, nargs="+", metavar="STUDY", help="folders of studies, kept ones too")
+    add = parser.add_argument
+    add("studies", type=Path, nargs="+", metavar="STUDY", help="folders of studies, kept ones too")
+    add(
+        "--differences",
+        action="store_true",
+        help="one table of all studies instead: in points, what each row has more than its study's first, mean over "
+        "seeds and each seed",
+    )
     return parser
 
 

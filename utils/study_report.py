@@ -2,12 +2,13 @@
 
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
 
+from utils.study import SPLITS
 from utils.study_figures import Picture, draw_pictures
 from utils.study_results import Measure, Record, Results, Row
 from utils.study_run import write_whole
@@ -85,8 +86,12 @@ def _main_table(results: Results, split: str = "val") -> Table:
     return Table(title, note, [*head, f"ensemble, {named}", f"one student, {named}"], rows)
 
 
-def overview(results: Results) -> str:
-    """A short Markdown table: the ensemble on each list of images, and the difference to the first row."""
+def overview(*studies: Results) -> str:
+    """A short Markdown table of each study: the ensemble on each list, and the difference to the study's first row."""
+    return "\n".join(map(_overview, studies))
+
+
+def _overview(results: Results) -> str:
     there = {split: results if split == "val" else results.on(split) for split in ("val", *results.splits)}
     head = ["setting", "seeds", *(f"{split}, mIoU %" for split in there)]
     rows = []
@@ -101,6 +106,32 @@ def overview(results: Results) -> str:
         rows.append([row.label, str(len(row.done)), *cells])
     facts = [f"{key} {results.facts[key]}" for key in OVERVIEW_FACTS if key in results.facts]
     return f"**{_plain(results.title)}**: {_plain(', '.join(facts))}\n\n{_markdown_table(Table('', '', head, rows))}\n"
+
+
+def differences(*studies: Results) -> str:
+    """One Markdown table of several studies: each row against the first of its study, on each list of images."""
+    splits = [split for split in ("val", *SPLITS) if any(split in ("val", *study.splits) for study in studies)]
+    measures: list[Measure] = [lambda record: record.ensemble, Record.pixel_accuracy]
+    head = ["study", "labeled", "step", "setting, against the study's first", *(f"{split}, mIoU" for split in splits)]
+    rows = []
+    for study in studies:
+        there = [study if split == "val" else study.on(split) for split in splits]
+        for index, row in enumerate(study.rows[1:], start=1):
+            found = [[on.rows[index].differences(on.rows[0], of) for on in there] for of in measures]
+            if any(found[0]):
+                facts = [str(study.facts.get(key, "-")) for key in ("labeled", "step")]
+                rows.append([study.title, *facts, row.label, *(_signed(one) for of in found for one in of)])
+    head += [f"{split}, pixel accuracy" for split in splits]
+    return _markdown_table(Table("", "", head, rows)) + "\n"
+
+
+def _signed(found: Mapping[int, float]) -> str:
+    """The mean over the seeds, and each seed's where there are several, as +1.2 (+2.0, +0.4)."""
+    if not found:
+        return "-"
+    numbers = [statistics.mean(found.values()), *(found[seed] for seed in sorted(found))]
+    mean, *each = (f"{round(number, 1) + 0.0:+.1f}" for number in numbers)  # no -0.0
+    return f"{mean} ({', '.join(each)})" if len(found) > 1 else mean
 
 
 def _what_is_measured(split: str) -> str:
