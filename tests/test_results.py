@@ -1,6 +1,7 @@
 """The studies in results/: complete, comparable, and told by the pages as their files tell them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from utils.config import dump_config, load_config
 from utils.study import measured
 from utils.study_figures import _signals, draw_pictures
-from utils.study_report import as_markdown, overview
+from utils.study_report import as_markdown, differences, overview
 from utils.study_results import results_of_study
 
 PROJECT = Path(__file__).parent.parent
@@ -35,9 +36,11 @@ def test_no_band_of_a_share_leaves_what_a_share_can_be():
     assert max(map(max, heights)) <= 1
 
 
-def test_the_readme_shows_a_study_s_table():
-    shown = [study for study in STUDIES if overview(results_of_study(study)) in (PROJECT / "README.md").read_text()]
-    assert shown
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_a_page_shows_the_differences_that_its_command_prints(page: str):
+    text = (PROJECT / page).read_text()
+    (command,) = re.findall(r"^python3 ablate.py overview --differences (.+)$", text, re.MULTILINE)
+    assert differences(*(results_of_study(PROJECT / study) for study in command.split())) in text
 
 
 def _said_by(kept: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
