@@ -47,7 +47,7 @@ def make_checkpoint(path: Path, network: str, **dataset: Any) -> Path:
     networks = build_networks(config)
     for one, preset in zip(networks, PRESETS[network], strict=True):
         one.normalization.set_preset(preset)
-        one.head.classifier.weight.data.mul_(100 if network == "DeepLab" else 3)
+        one.head.classifier.weight.data.mul_(100 if network == "DeepLab" else 1)
     method = CrossTeacher(networks, config, labeled_samples=1)
     state = {"step": 3, "best": {}, "facts": {"labeled": 6}, "method": method.state_dict(), "optimizer": {}}
     save_checkpoint(path, state | {"config": json.dumps(dump_config(config))})
