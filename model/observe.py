@@ -72,16 +72,19 @@ def _gradient_norm(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor:
 
 
 def _pseudo_labels(method: "CrossTeacher", record: StepRecord) -> Values:
-    """Confidence, and against the hidden labels, where there are any, how right the pseudo-labels are."""
+    """Confidence, classes, and against the hidden labels, where there are any, how right the pseudo-labels are."""
     values: Values = {}
     threshold = method.unlabeled.confidence_threshold
-    hidden = record.unlabeled.hidden
+    hidden, names = record.unlabeled.hidden, method.config.data.class_names
     for own, (target, view) in enumerate(zip(record.targets, record.views, strict=True)):
         values[f"pseudo_label/confidence/{own}"] = _mean(view.confidence, view.valid)
         values[f"pseudo_label/kept/{own}"] = confident_share(view.confidence, view.valid, threshold)
+        confidence, label = target.max(dim=1)
+        counts = torch.bincount(label[record.unlabeled.valid], minlength=len(names))
+        for name, share in zip(names, counts / counts.sum(), strict=True):
+            values[f"pseudo_label/share_of_class/{own}/{name}"] = share
         if hidden is None:
             continue
-        confidence, label = target.max(dim=1)
         known = (hidden != method.config.ignore_label) & record.unlabeled.valid
         right, kept = label == hidden, known & (confidence >= threshold)
         confusion = ConfusionMatrix(method.config.num_classes)
@@ -89,6 +92,8 @@ def _pseudo_labels(method: "CrossTeacher", record: StepRecord) -> Values:
         values[f"pseudo_label/accuracy/{own}"] = _mean(right, known)
         values[f"pseudo_label/accuracy_of_kept/{own}"] = _mean(right, kept)
         values[f"pseudo_label/mean_iou/{own}"] = torch.as_tensor(confusion.mean_iou())
+        for name, recall in zip(names, confusion.matrix.diag() / confusion.matrix.sum(dim=1), strict=True):
+            values[f"pseudo_label/recall_of_class/{own}/{name}"] = recall
     return values
 
 

@@ -1,6 +1,7 @@
 """What a step tells about itself: right by hand, and without any influence on what is learned."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,15 @@ def test_shares_are_those_counted_by_hand(tiny_config, batches):
         images=torch.zeros(1, 3, 2, 2), valid=views[0].valid, hidden=torch.tensor([[[0, 2], [2, 0]]])
     )
     record = StepRecord(unlabeled, unlabeled, targets, views, mixed, mixed)
-    found = {key: round(value.item(), 4) for key, value in describe(method, record, {}).items()}
+    said = {key: round(value.item(), 4) for key, value in describe(method, record, {}).items()}
+    found = {key: value for key, value in said.items() if "_of_class/" not in key}
+    zero, one, two = method.config.data.class_names
+    shares = [[said[f"pseudo_label/share_of_class/{own}/{name}"] for name in (zero, one, two)] for own in (0, 1)]
+    assert shares == [[0.3333, 0.3333, 0.3333], [0.6667, 0, 0.3333]]
+    for own in (0, 1):
+        recall = {name: said[f"pseudo_label/recall_of_class/{own}/{name}"] for name in (zero, one, two)}
+        assert math.isnan(recall.pop(one)), "no known pixel has this class: left out of the log"
+        assert recall == {zero: 1, two: 0.5}
     assert found == {
         "pseudo_label/confidence/0": 0.98,
         "pseudo_label/confidence/1": 0.5,
