@@ -198,7 +198,7 @@ def ranks_of(launcher: int) -> list[int]:
 
 @pytest.mark.slow
 def test_all_processes_stop_at_the_same_step_and_go_on(tmp_path: Path, demo: Path):
-    config = write_config(tmp_path, demo, training__batch_size=4, training__num_iterations=60)
+    config = write_config(tmp_path, demo, training__batch_size=4, training__num_iterations=60, utils__val_per_iter=30)
     arguments = (SCRIPTS["DeepLab"], "-c", config, "-n", "x", "--device", "cpu")
     process = subprocess.Popen(
         torchrun(*arguments), cwd=PROJECT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -220,8 +220,9 @@ def test_all_processes_stop_at_the_same_step_and_go_on(tmp_path: Path, demo: Pat
 @pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_a_restart_finishes_it(tmp_path: Path, demo: Path):
     config = write_config(
-        tmp_path, demo, training__batch_size=4, training__num_iterations=40, training__process_timeout=60
-    )
+        tmp_path, demo, training__batch_size=4, training__num_iterations=40, training__process_timeout=60,
+        utils__val_per_iter=20,
+    )  # fmt: skip
     arguments = (SCRIPTS["DeepLab"], "-c", config, "-n", "x", "--device", "cpu", "--resume", "auto")
     process = subprocess.Popen(
         torchrun(*arguments, options=("--standalone", "--max-restarts", "1")), cwd=PROJECT, env=ENVIRONMENT,
