@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.models import get_model_weights
 
 from model.network import SegmentationNetwork, WeightsConvention
 from utils.checkpoint import FORMAT, read_file
@@ -190,6 +189,8 @@ def _public_files(network: SegmentationNetwork) -> dict[str, WeightsFile]:
     backbone = network.backbone
     if backbone.deep_stem:  # no COCO weights exist; under either name the release takes these
         return dict.fromkeys(("imagenet", "coco"), DEEP_STEM_RESNET101) if backbone.name == "resnet101" else {}
+    from torchvision.models import get_model_weights  # takes seconds, and most commands do without
+
     url = get_model_weights(backbone.name)["IMAGENET1K_V1"].url
     files = {"imagenet": WeightsFile(url.rsplit("/", 1)[1], url, IMAGENET)}
     if backbone.name == "resnet101":
