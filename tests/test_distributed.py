@@ -239,6 +239,44 @@ def test_a_killed_process_ends_the_job_and_a_restart_finishes_it(tmp_path: Path,
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
+ENDS = """
+import os, signal, sys, time
+import torch.distributed as dist
+from utils.distributed import launch, process_group
+from utils.errors import WeightsError, run_script
+def main():
+    _, how, *several = sys.argv
+    if several:
+        return launch(2)
+    try:
+        with process_group("cpu", timeout=60) as here:
+            if here.is_first and how == "raises":
+                raise WeightsError("no such weights")
+            if here.is_first:
+                os.kill(os.getpid(), signal.SIGKILL)
+            dist.barrier()
+    finally:
+        time.sleep(5 if here.is_first else 0)
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "status", "message"),
+    [("raises", 5, "process 1 of 2: another process of this run has ended"),
+     ("killed", 137, "process 0 of 2 was killed by signal 9")],
+)  # fmt: skip
+def test_the_exit_status_is_that_of_the_process_that_failed_whichever_ends_first(
+    tmp_path: Path, how: str, status: int, message: str
+):
+    (tmp_path / "ends.py").write_text(ENDS)
+    environment = ENVIRONMENT | {"PYTHONPATH": str(PROJECT)}
+    done = finish([sys.executable, str(tmp_path / "ends.py"), how, "--gpus", "2"], environment)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+
+
 @pytest.mark.slow
 def test_two_machines_train_together(tmp_path: Path, demo: Path):
     """Two torchrun agents, as on two machines, here both on this one."""

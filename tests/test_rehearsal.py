@@ -31,7 +31,8 @@ def test_a_dry_run_tells_what_the_run_will_take_and_writes_nothing(demo: Path, t
     cache = {"training__data__cache": "disk", "training__data__cache_dir": str(tmp_path / "cache")}
     config = write_config(tmp_path, demo, **contrast, **cache)
     before = everything_below(tmp_path), everything_below(demo)
-    done = run(SCRIPT, "--config", config, "--name", "try", "--dry-run", env={"TMPDIR": str(scratch)})
+    environment = {"TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path.parent)}  # torch makes it at import
+    done = run(SCRIPT, "--config", config, "--name", "try", "--dry-run", env=environment)
     assert done.returncode == 0, done.stderr
     assert (everything_below(tmp_path), everything_below(demo)) == before
     lines = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines()[1:])

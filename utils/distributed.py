@@ -13,7 +13,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -49,6 +49,7 @@ def world() -> World:
     return World(*(int(os.environ.get(key, str(alone))) for key, alone in zip(_KEYS, ALONE, strict=True)))
 
 
+_STATUS = "exit status"  # where a process that ends with a message tells the others its exit status
 _KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -56,7 +57,8 @@ _KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 def process_group(device: str, *, timeout: float) -> Iterator[World]:
     """Join the other processes; ``timeout``: seconds after which one that does not answer ends the run.
 
-    device: "auto", "cpu" or "cuda". Raises PeerError, for whatever happens inside, when another process is gone.
+    device: "auto", "cpu" or "cuda". Raises PeerError, for whatever happens inside, when another process is gone. It has
+    the exit status of the other's UserError: whichever ends first, the launcher sees the same one.
     """
     here = world()
     if here.size == 1:
@@ -65,6 +67,7 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
+    store: dist.Store | None = None
     try:
         wait = datetime.timedelta(seconds=timeout)
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
@@ -73,21 +76,33 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
         backend = "nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
         yield here
+    except UserError as error:
+        if store is not None:
+            with suppress(RuntimeError):  # the process that keeps the store is gone
+                store.set(_STATUS, str(error.exit_status))
+        raise
     except RuntimeError as error:  # gloo and NCCL know no other
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection", "timed out", "Timed out")):
             raise
         reason = str(error).splitlines()[0]
-        raise PeerError(
+        ended = PeerError(
             f"process {here.rank} of {here.size}: another process of this run has ended or does not answer ({reason}); "
             "its own message says why. Continue with --resume auto"
-        ) from None
+        )
+        with suppress(RuntimeError):
+            if store is not None and store.check([_STATUS]):
+                ended.exit_status = int(store.get(_STATUS))
+        raise ended from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def launch(count: int) -> int:
-    """Run this command in ``count`` processes on this machine; the exit status of the first one that fails, or 0."""
+    """Run this command in ``count`` processes on this machine; the exit status of the first one that fails, or 0.
+
+    Raises PeerError, with the exit status that a shell would tell, if a signal that was not for all of them killed it.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -106,8 +121,15 @@ def launch(count: int) -> int:
     try:
         elastic_launch(config, sys.executable)(*_without_gpus(sys.argv))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        killed = PeerError(
+            f"process {rank} of {count} was killed by signal {-failure.exitcode}; 9 is mostly the system's, for lack "
+            "of memory. Continue with --resume auto"
+        )
+        killed.exit_status = 128 - failure.exitcode
+        raise killed from None
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
