@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -30,9 +31,9 @@ def read_ids(path: Path) -> list[str]:
     """
     lines = _lines(path)
     ids = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    twice = len(ids) - len(set(ids))
+    twice = [one for one, count in Counter(ids).items() if count > 1]
     if twice:
-        raise UserError(f"{path}: ids that appear twice: {twice}; list each once")
+        raise UserError(f"{path}: {len(twice)} ids appear twice, for example {twice[0]}; list each once")
     for identifier in ids:
         parts = PurePosixPath(identifier)
         if parts.is_absolute() or ".." in parts.parts:

@@ -165,7 +165,7 @@ def test_a_bad_list_is_an_error_and_the_others_are_still_checked(check, root: Pa
     report = check()
     assert [one.name for one in report.lists] == ["unlabeled", "val"]
     twice, missing = report.errors
-    assert "labeled.txt: ids that appear twice: 1; list each once" in twice
+    assert "labeled.txt: 1 ids appear twice, for example picture_0; list each once" in twice
     assert "missing: 2" in missing
 
 
