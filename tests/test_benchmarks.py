@@ -219,7 +219,8 @@ def test_step_tells_what_is_beside_the_networks_and_what_recomputation_costs_and
 
 @pytest.mark.slow
 def test_scaling_compares_two_processes_with_one(tmp_path: Path):
-    lines, content = run("scaling", tmp_path, *SMALL_STEP, "--batch", "2", "--rounds", "1")
+    small = ("--model", "DeepLabv3+", "--backbone", "resnet18", "--size", "33,33", "--device", "cpu")
+    lines, content = run("scaling", tmp_path, *small, "--batch", "2", "--rounds", "1")
     check_common(lines, content, rounds=1, head="scaling")
     rows = {row["kind"]: row for row in content["rows"]}
     assert [(row["processes"], row["batch"]) for row in rows.values()] == [(1, 2), (2, 2), (2, 4)]
