@@ -164,6 +164,13 @@ def test_overrides_take_dotted_keys_and_json_values(tmp_path: Path):
             load_config(path, overrides=[override])
 
 
+def test_an_override_is_not_blamed_for_what_the_file_has_wrong(tmp_path: Path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(tiny_values(training=None)))
+    with pytest.raises(UserError, match=r"c\.json: training = null: Input should be an object"):
+        load_config(path, overrides=["training.batch_size=3"])
+
+
 def test_names_in_the_configuration_are_those_of_the_registries():
     def values(section: type, key: str) -> set:
         return {one for part in get_args(section.model_fields[key].annotation) for one in (get_args(part) or [part])}

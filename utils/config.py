@@ -499,7 +499,11 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
 def override_config(values: dict[str, Any], overrides: Sequence[str], *, source: str) -> Config:
     """Parsed values with ``KEY=VALUE`` overrides put in, checked."""
     for override in overrides:
-        _apply_override(values, override)
+        try:
+            _apply_override(values, override)
+        except UserError:
+            check_config(values, source=source)  # what is wrong in the file itself is said first
+            raise
     return check_config(values, source=source)
 
 
