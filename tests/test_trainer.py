@@ -113,16 +113,19 @@ def fill_banks(trainer: Trainer, *, but_class: int) -> Trainer:
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    momentum = trainer.optimizer.state_dict()["state"]
-    return trainer.method.state_dict() | {f"momentum {k}": v["momentum_buffer"] for k, v in momentum.items()}
+    memory = trainer.optimizer.state_dict()["state"]
+    return trainer.method.state_dict() | {f"{kind} {k}": v[kind] for k, v in memory.items() for kind in v}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [3, None])  # None: after one pass over the six labeled images, the banks being full
-@pytest.mark.parametrize("network", ["DeepLab", "DeepLabv3+"])
+@pytest.mark.parametrize(("network", "optimizer"), [("DeepLab", "SGD"), ("DeepLabv3+", "AdamW")])
 @pytest.mark.parametrize("stop", [2, 4, 6])
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config, network: str, stop: int, start: int | None):
-    given = config(model=network, training__contrastive__contrast_start=start, training__contrastive__memory_size=2)
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+    config, network: str, optimizer: str, stop: int, start: int | None
+):
+    contrast = {"training__contrastive__contrast_start": start, "training__contrastive__memory_size": 2}
+    given = config(model=network, training__optimizer=optimizer, **contrast)
     whole, first = (fill_banks(build(given, name=name), but_class=6) for name in ("whole", "parts"))
     evaluation = whole.fit()
     stop_after(first, stop)
@@ -298,6 +301,23 @@ def test_each_parameter_is_in_one_group_with_its_rate_and_decay(config):
             assert group["base_lr"] == pytest.approx(0.3 if "backbone" in group["name"] else 1.0)
             decays = {p.ndim > 1 or not free for p in group["params"]}
             assert decays == {group["weight_decay"] > 0} or not free
+
+
+def test_adamw_s_first_update_is_the_rate_in_the_gradient_s_direction_and_decay_beside_it(config):
+    settings = {"optimizer": "AdamW", "learning_rate": 0.01, "head_lr_multiplier": 2.0, "weight_decay": 0.5}
+    given = config(**{f"training__{key}": value for key, value in settings.items()}, training__momentum=0.8)
+    networks = build_networks(given)
+    optimizer = build_optimizer(networks, given)
+    before = [[p.detach().clone() for p in group["params"]] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.8, 0.999)
+        for p in group["params"]:
+            p.grad = torch.full_like(p, -3.0)
+    optimizer.step()
+    for group, was in zip(optimizer.param_groups, before, strict=True):
+        rate = 0.02 if "head" in group["name"] else 0.01
+        for p, old in zip(group["params"], was, strict=True):
+            torch.testing.assert_close(p.detach(), old - rate * 0.5 * old + rate)
 
 
 def test_the_learning_rate_falls_by_the_schedule_or_not_at_all(config):

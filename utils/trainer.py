@@ -58,7 +58,8 @@ class Trainer:
         arrange(method, config)
         if run.device.type == "cpu":
             keep_freed_memory()
-        if config.training.momentum:  # a first update that is left out would leave torch's own without any value
+        # A first update that is left out would leave torch's own without any value.
+        if isinstance(optimizer, torch.optim.SGD) and config.training.momentum:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.here, self.wrapped = here, parallel(method, config, run.device)
@@ -346,7 +347,7 @@ def learning_rate(config: Config) -> float:
 
 
 def build_optimizer(networks: Iterable[Any], config: Config) -> Optimizer:
-    """SGD over two parts of each network: backbone and head, each parameter once.
+    """SGD or AdamW over two parts of each network: backbone and head, each parameter once.
 
     With ``decay_norm_and_bias: false`` parameters of one dimension form groups of their own without weight decay.
     """
@@ -367,6 +368,8 @@ def build_optimizer(networks: Iterable[Any], config: Config) -> Optimizer:
                 groups.append(
                     {"params": free, "base_lr": base, "lr": base, "name": f"{part}_free_{index}", "weight_decay": 0.0}
                 )
-    return torch.optim.SGD(
-        groups, lr=learning_rate(config), momentum=training.momentum, weight_decay=training.weight_decay, fused=True
-    )
+    # fused: what the guard needs to forbid an update.
+    if training.optimizer == "AdamW":
+        betas = (training.momentum, 0.999)
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=training.weight_decay, fused=True)
+    return torch.optim.SGD(groups, momentum=training.momentum, weight_decay=training.weight_decay, fused=True)
