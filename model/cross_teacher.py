@@ -29,6 +29,8 @@ from utils.losses import (
     logit_shift,
     mean_squared_error,
     pixel_weight,
+    pixels_of_class,
+    pseudo_label_shift,
     weighted_cross_entropy,
 )
 from utils.mixing import draw_mix_masks, mix
@@ -60,7 +62,7 @@ class CrossTeacher(nn.Module):
     """Two students, two teachers, two memory banks; ``state_dict`` is all that the method remembers.
 
     networks: two networks that start from different weights. labeled_samples: number of labeled images.
-    class_shares: (C,) of the labeled pixels, which ``logit_adjustment`` needs in training.
+    class_shares: (C,) of the labeled pixels, which ``logit_adjustment`` and ``adjust_logits`` need in training.
     """
 
     # Each a ModuleList, named here by what it holds.
@@ -68,7 +70,10 @@ class CrossTeacher(nn.Module):
     teachers: Sequence[EmaTeacher]
     banks: Sequence[MemoryBank]
     banks_were_ready: Tensor
+    class_shares: Tensor | None
     logit_shift: Tensor | None
+    pseudo_label_shares: Tensor
+    pseudo_label_pixels: Tensor
     record: StepRecord | None
     observed: dict[str, Tensor]
 
@@ -97,7 +102,13 @@ class CrossTeacher(nn.Module):
         # Never turns back, also when a class is first seen later; a buffer, so that a resumed run knows it too.
         self.register_buffer("banks_were_ready", torch.tensor(False))
         shift = None if class_shares is None else logit_shift(class_shares, config.training.logit_adjustment)
+        shares = None if class_shares is None else torch.as_tensor(class_shares, dtype=torch.float32)
         self.register_buffer("logit_shift", shift, persistent=False)
+        self.register_buffer("class_shares", shares, persistent=False)
+        if self.unlabeled.adjust_logits:  # (2, C): averages over the steps so far, and this step's summed weights
+            start = torch.full((config.num_classes,), 0.0) if shares is None else shares
+            self.register_buffer("pseudo_label_shares", start.repeat(2, 1))
+            self.register_buffer("pseudo_label_pixels", torch.zeros_like(self.pseudo_label_shares), persistent=False)
         self.recording, self.record, self.observed = False, None, {}  # see ``observe``
         self.contrast_started = False  # the same once it is True, known without waiting for the device
 
@@ -130,7 +141,7 @@ class CrossTeacher(nn.Module):
         ]
         for own, peer in PEERS:
             if "cross_teacher" in terms:
-                losses["cross_teacher", own] = self.consistency(mixed[own], views[own], step=step)
+                losses["cross_teacher", own] = self.consistency(own, mixed[own], views[own], step=step)
             if "high_level" in terms:
                 draws = self.draws("high_level", own, step=step, part=part)
                 losses["high_level", own] = self.high_level(own, labeled, seen[own], views[own], mixed[own], draws)
@@ -142,7 +153,7 @@ class CrossTeacher(nn.Module):
 
     def total_loss(self, losses: Losses, *, step: int) -> Tensor:
         """The weighted sum over terms and peers; a term that is missing or not expected at this step is our mistake."""
-        assert self.logit_shift is not None or not self.config.training.logit_adjustment, "it needs class_shares"
+        assert self.logit_shift is not None or not self.config.training.adjusts_logits, "it needs class_shares"
         expected = {(term, own) for term in self.active_terms(step) for own, _ in PEERS}
         assert set(losses) == expected, f"losses {sorted(losses)}, expected {sorted(expected)}"
         return torch.stack([self.loss_weights[term] * loss for (term, _), loss in losses.items()]).sum()
@@ -156,6 +167,8 @@ class CrossTeacher(nn.Module):
         """
         max_new = max(2 * self.contrastive.memory_size // self.labeled_samples, self.config.training.batch_size)
         average_([buffer for student in self.students for buffer in student.buffers()], frozen=frozen)
+        if self.unlabeled.adjust_logits:
+            self.follow_shares(frozen=frozen)
         for student, teacher, bank in zip(self.students, self.teachers, self.banks, strict=True):
             teacher.update(student, step, frozen=frozen)
             if self.uses_banks:
@@ -228,7 +241,7 @@ class CrossTeacher(nn.Module):
         confidence, pseudo_label = probabilities.max(dim=1)
         return StrongView(images, probabilities, confidence, pseudo_label, source, valid)
 
-    def consistency(self, mixed: NetworkOutput, view: StrongView, *, step: int) -> Tensor:
+    def consistency(self, own: int, mixed: NetworkOutput, view: StrongView, *, step: int) -> Tensor:
         """The cross-teacher term L_ct of one student: its prediction on the strong view against the pseudo-label."""
         options, logits = self.unlabeled, upsample(mixed.logits, view.images)
         if options.consistency_loss == "MSE":
@@ -237,7 +250,23 @@ class CrossTeacher(nn.Module):
         weight = pixel_weight(
             options.pixel_weight, view.confidence, step=step, valid=view.valid, threshold=options.confidence_threshold
         )
-        return weighted_cross_entropy(logits, view.pseudo_label, weight, self.config.ignore_label)
+        shift = None
+        if options.adjust_logits:
+            assert self.logit_shift is not None, "it needs class_shares"
+            assert self.class_shares is not None
+            shift = pseudo_label_shift(self.logit_shift, self.class_shares, self.pseudo_label_shares[own])
+            self.pseudo_label_pixels[own] += pixels_of_class(view.pseudo_label, weight, self.config.num_classes)
+        return weighted_cross_entropy(logits, view.pseudo_label, weight, self.config.ignore_label, shift)
+
+    def follow_shares(self, *, frozen: Tensor | None = None) -> None:
+        """The pseudo-labels' class shares, averages that move at the teachers' pace, take in what the step counted."""
+        average_([self.pseudo_label_pixels])
+        total = self.pseudo_label_pixels.sum(dim=1, keepdim=True)
+        change = (1 - self.unlabeled.ema_decay) * (total > 0)  # no pseudo-labels: no change
+        if frozen is not None:
+            change = change * ~frozen
+        self.pseudo_label_shares.lerp_(self.pseudo_label_pixels / total.where(total > 0, 1.0), change)
+        self.pseudo_label_pixels.zero_()
 
     def high_level(
         self,
@@ -325,7 +354,8 @@ class CrossTeacher(nn.Module):
 
     def step_buffers(self) -> list[Tensor]:
         """What ``training_step`` itself changes."""
-        return [*(buffer for student in self.students for buffer in student.buffers()), self.banks_were_ready]
+        counts = [self.pseudo_label_pixels] if self.unlabeled.adjust_logits else []
+        return [*(buffer for student in self.students for buffer in student.buffers()), self.banks_were_ready, *counts]
 
     def log_values(self, step: int) -> dict[str, float]:
         """What was observed, and the banks now; tags as in TensorBoard. Values that do not exist are left out."""

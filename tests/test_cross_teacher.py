@@ -122,6 +122,48 @@ def test_logit_adjustment_changes_the_supervised_term_and_nothing_that_is_saved(
     assert set(method.state_dict()) == set(build(config).state_dict()), "checkpoints of before can be continued"
 
 
+def test_the_cross_teacher_term_is_adjusted_to_the_shares_of_its_own_pseudo_labels(tiny_config, batches):
+    config = tiny_config(training__unlabeled__adjust_logits=True, training__unlabeled__pixel_weight=False)
+    shares = torch.tensor([0.7, 0.2, 0.1])
+    method = CrossTeacher(build_networks(config), config, labeled_samples=4, class_shares=shares.numpy()).train()
+    labeled, unlabeled = batches()
+    method.recording = True
+    torch.manual_seed(1)  # of dropout
+    losses = method.training_step(labeled, unlabeled, step=0)
+    counted = []
+    for own in (0, 1):
+        view, mixed = method.record.views[own], method.record.mixed[own]
+        plain = F.cross_entropy(upsample(mixed.logits, view.images), view.pseudo_label, reduction="none")
+        torch.testing.assert_close(losses["cross_teacher", own], (plain * view.valid).mean())  # the same shares so far
+        counted.append(torch.stack([(view.valid & (view.pseudo_label == index)).sum() for index in range(3)]).float())
+    method.after_step(labeled, step=0, frozen=torch.tensor(True))
+    assert torch.equal(method.pseudo_label_shares, shares.repeat(2, 1))
+    method.training_step(labeled, unlabeled, step=0)
+    method.after_step(labeled, step=0)
+    expected = torch.stack([0.99 * shares + 0.01 * one / one.sum() for one in counted])
+    torch.testing.assert_close(method.pseudo_label_shares, expected)
+
+    losses = method.training_step(labeled, unlabeled, step=1)
+    for own in (0, 1):
+        view, logits = method.record.views[own], upsample(method.record.mixed[own].logits, labeled.labels)
+        logits = logits + (method.pseudo_label_shares[own] / shares).log().view(3, 1, 1)
+        adjusted = F.cross_entropy(logits, view.pseudo_label, reduction="none")
+        torch.testing.assert_close(losses["cross_teacher", own], (adjusted * view.valid).mean())
+    assert "pseudo_label_shares" in method.state_dict(), "a resumed run knows them"
+
+
+def test_a_step_without_pseudo_labels_leaves_their_shares_alone(tiny_config, batches):
+    changes = {"adjust_logits": True, "pixel_weight": "threshold", "confidence_threshold": 1.0}
+    config = tiny_config(**{f"training__unlabeled__{key}": value for key, value in changes.items()})
+    shares = np.array([0.7, 0.2, 0.1])
+    method = CrossTeacher(build_networks(config), config, labeled_samples=4, class_shares=shares).train()
+    labeled, unlabeled = batches()
+    losses = method.training_step(labeled, unlabeled, step=0)
+    method.after_step(labeled, step=0)
+    assert losses["cross_teacher", 0] == 0
+    torch.testing.assert_close(method.pseudo_label_shares, torch.tensor(shares).float().repeat(2, 1))
+
+
 def test_the_terms_start_when_they_should(tiny_config, batches):
     method = build(tiny_config(training__unlabeled__start_iteration=3), labeled_samples=4)
     assert method.active_terms(2) == ["supervised"]

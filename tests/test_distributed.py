@@ -121,7 +121,7 @@ def test_two_processes_compute_what_one_does_by_accumulation(tmp_path: Path, dem
         config = write_config(
             folder, demo, training__batch_size=4, training__num_iterations=10, training__accumulation=accumulation,
             training__contrastive={"memory_size": 4, "memory_confidence": 0.0, "contrast_start": 3},
-            training__unlabeled={"pixel_weight": False}, training__learning_rate=0.001,
+            training__unlabeled={"pixel_weight": False, "adjust_logits": True}, training__learning_rate=0.001,
         )  # fmt: skip
         arguments = [tmp_path / "frozen.py", SCRIPTS["DeepLab"], "-c", config, "-n", "x", "--device", "cpu"]
         command = torchrun(*arguments) if name == "two" else [sys.executable, *map(str, arguments)]

@@ -61,7 +61,8 @@ def build(config: Config, *, name: str = "test", resume: str | None = None) -> T
     files = DatasetFiles(config)
     students = build_networks(config)
     run = start_run(config, name=name, resume=resume, device="cpu")
-    method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled")))
+    shares = files.class_shares() if config.training.adjusts_logits else None
+    method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled")), class_shares=shares)
 
     def picture(path: Path, step: int) -> list[Path]:
         batch = preview_batch(files).to(CPU)
@@ -125,7 +126,8 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     config, network: str, optimizer: str, stop: int, start: int | None
 ):
     contrast = {"training__contrastive__contrast_start": start, "training__contrastive__memory_size": 2}
-    given = config(model=network, training__optimizer=optimizer, **contrast)
+    adjust = optimizer == "AdamW"
+    given = config(model=network, training__optimizer=optimizer, training__unlabeled__adjust_logits=adjust, **contrast)
     whole, first = (fill_banks(build(given, name=name), but_class=6) for name in ("whole", "parts"))
     evaluation = whole.fit()
     stop_after(first, stop)

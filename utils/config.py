@@ -266,6 +266,12 @@ class UnlabeledConfig(Section):
     )
     ema_decay: Probability = Field(0.99, description="largest decay of the teachers' moving average")
     mask_padding: bool = Field(True, description="pixels that are only padding carry no pseudo-label")
+    adjust_logits: bool = Field(
+        False,
+        description="the logits of the cross-teacher term are adjusted to the class shares of its pseudo-labels, as "
+        "training.logit_adjustment adjusts those of the supervised term to the shares of the labels; rare classes, "
+        'which have few pseudo-labels, are then not unlearned. For "CE"; false: the paper',
+    )
 
 
 class ContrastiveConfig(Section):
@@ -350,6 +356,11 @@ class TrainingConfig(Section):
     data: DataConfig = DataConfig()
     unlabeled: UnlabeledConfig = UnlabeledConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether training needs to know the class shares of the labeled pixels."""
+        return self.logit_adjustment > 0 or (self.unlabeled.train_unlabeled and self.unlabeled.adjust_logits)
 
     @model_validator(mode="after")
     def _contrast_needs_unlabeled(self) -> "TrainingConfig":
@@ -481,6 +492,8 @@ def _settings_without_effect(config: Config) -> Iterator[str]:
         yield f"unlabeled images are never used: start_iteration {unlabeled.start_iteration}, num_iterations {steps}"
     elif unlabeled.train_unlabeled and contrasts and (contrastive.contrast_start or 0) >= steps:
         yield f"the contrastive terms never start: contrast_start {contrastive.contrast_start}, num_iterations {steps}"
+    if unlabeled.train_unlabeled and unlabeled.adjust_logits and unlabeled.consistency_loss != "CE":
+        yield f'adjust_logits has no effect: consistency_loss is "{unlabeled.consistency_loss}"'
     if training.data.split_id_list is not None and config.data.labeled is not None:
         yield f"training.data.split_id_list has no effect: dataset.labeled names the list {config.data.labeled}"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 CONFIDENCE_THRESHOLD = 0.968  # from this probability on a pseudo-label counts as confident
 POWER = 6  # exponent of the "power" weight
+LEAST_SHARE = 1e-3  # of a class among pseudo-labels, over its share of the labels, that `pseudo_label_shift` knows
 RAMP_UP_STEPS = 10_000  # the "sigmoid" weight reaches 1 at this step
 
 
@@ -49,7 +50,27 @@ def logit_shift(class_shares: np.ndarray, strength: float) -> Tensor:
     return strength * shares.clamp(min=float(shares[shares > 0].min())).log()
 
 
-def weighted_cross_entropy(logits: Tensor, pseudo_label: Tensor, weight: Tensor, ignore_label: int) -> Tensor:
+def pseudo_label_shift(shift: Tensor, class_shares: Tensor, pseudo_label_shares: Tensor) -> Tensor:
+    """`logit_shift` for labels that have other class shares: what the logits of the cross-teacher term lack.
+
+    Pseudo-labels have far fewer pixels of a rare class than there are. Taught as they come, they take the class away
+    from the pixels of all others; this leaves its mean over all pixels alone.
+
+    Args:
+        shift: (C,) float32, `logit_shift` of the labeled pixels.
+        class_shares, pseudo_label_shares: (C,) float32, each class's share of the labeled and pseudo-labeled pixels.
+
+    Returns:
+        (C,) float32: `shift + log(pseudo_label_share / class_share)`, the quotient not below `LEAST_SHARE`; `shift`
+        where a class has no labeled pixel.
+    """
+    quotient = (pseudo_label_shares / class_shares.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=LEAST_SHARE)
+    return shift + quotient.log().where(class_shares > 0, 0.0)
+
+
+def weighted_cross_entropy(
+    logits: Tensor, pseudo_label: Tensor, weight: Tensor, ignore_label: int, shift: Tensor | None = None
+) -> Tensor:
     """Cross entropy with pseudo-labels, each pixel weighted (L_ct).
 
     The mean runs over **all** B*H*W pixels, those of weight 0 and of `ignore_label` included: few confident
@@ -60,10 +81,13 @@ def weighted_cross_entropy(logits: Tensor, pseudo_label: Tensor, weight: Tensor,
         pseudo_label: (B, H, W) int64, a class in 0..C-1 or `ignore_label` (contributes 0).
         weight: (B, H, W) float, no gradient; 0 leaves the pixel out, 1 counts it fully.
         ignore_label: value of `pseudo_label` that contributes 0.
+        shift: (C,) float32, added to the logits of each pixel (`pseudo_label_shift`); None: nothing is added.
 
     Returns:
         () float32.
     """
+    if shift is not None:
+        logits = logits.float() + shift.view(-1, 1, 1)
     per_pixel = F.cross_entropy(logits.float(), pseudo_label, ignore_index=ignore_label, reduction="none")
     return (weight.detach() * per_pixel).mean()
 
@@ -102,6 +126,11 @@ def confident_share(confidence: Tensor, valid: Tensor | None = None, threshold: 
     if valid is None:
         return confident.float().mean()
     return (confident & valid).sum().float() / valid.sum().clamp(min=1)
+
+
+def pixels_of_class(labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """(C,) float32, the summed weight (B, H, W) of the pixels of each class in labels (B, H, W) int64."""
+    return torch.stack([(weight * (labels == index)).sum() for index in range(num_classes)])
 
 
 PixelWeight = Callable[[Tensor, Tensor | None, int, float], Tensor]  # confidence, valid, step, threshold
