@@ -49,7 +49,7 @@ def train(args: Namespace, config: Config, here: "World", *, make: Any = None, *
         students = build_students(config)
     run = start_run(config, name=args.name, resume=args.resume, device=args.device, here=here, dry=args.dry_run)
     make = make or CrossTeacher
-    shares = files.class_shares() if config.training.adjusts_logits else None
+    shares = files.class_shares() if config.training.needs_class_shares else None
     method = make(students, config, labeled_samples=len(files.ids("labeled")), class_shares=shares).to(run.device)
     about = files.about("val") | facts | {"protocol": protocol, "seed": config.seed} | origin(run.device)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.memory_bank import Candidates, MemoryBank
 from model.network import NetworkOutput, SegmentationNetwork
-from model.observe import StepRecord, describe, describe_banks
+from model.observe import StepRecord, describe, describe_banks, describe_shares
 from model.teacher import EmaTeacher, predict_frozen, predict_probabilities, upsample
 from utils.augment import draw_flips, horizontal_flip, strong_augment
 from utils.batch import Batch
@@ -105,8 +105,8 @@ class CrossTeacher(nn.Module):
         shares = None if class_shares is None else torch.as_tensor(class_shares, dtype=torch.float32)
         self.register_buffer("logit_shift", shift, persistent=False)
         self.register_buffer("class_shares", shares, persistent=False)
-        if self.unlabeled.adjust_logits:  # (2, C): averages over the steps so far, and this step's summed weights
-            start = torch.full((config.num_classes,), 0.0) if shares is None else shares
+        if self.unlabeled.adjusts:  # (2, C): averages over the steps so far, and this step's summed weights
+            start = torch.zeros(config.num_classes) if shares is None else shares
             self.register_buffer("pseudo_label_shares", start.repeat(2, 1))
             self.register_buffer("pseudo_label_pixels", torch.zeros_like(self.pseudo_label_shares), persistent=False)
         self.recording, self.record, self.observed = False, None, {}  # see ``observe``
@@ -153,7 +153,7 @@ class CrossTeacher(nn.Module):
 
     def total_loss(self, losses: Losses, *, step: int) -> Tensor:
         """The weighted sum over terms and peers; a term that is missing or not expected at this step is our mistake."""
-        assert self.logit_shift is not None or not self.config.training.adjusts_logits, "it needs class_shares"
+        assert self.logit_shift is not None or not self.config.training.needs_class_shares, "it needs class_shares"
         expected = {(term, own) for term in self.active_terms(step) for own, _ in PEERS}
         assert set(losses) == expected, f"losses {sorted(losses)}, expected {sorted(expected)}"
         return torch.stack([self.loss_weights[term] * loss for (term, _), loss in losses.items()]).sum()
@@ -167,7 +167,7 @@ class CrossTeacher(nn.Module):
         """
         max_new = max(2 * self.contrastive.memory_size // self.labeled_samples, self.config.training.batch_size)
         average_([buffer for student in self.students for buffer in student.buffers()], frozen=frozen)
-        if self.unlabeled.adjust_logits:
+        if self.unlabeled.adjusts:
             self.follow_shares(frozen=frozen)
         for student, teacher, bank in zip(self.students, self.teachers, self.banks, strict=True):
             teacher.update(student, step, frozen=frozen)
@@ -251,15 +251,15 @@ class CrossTeacher(nn.Module):
             options.pixel_weight, view.confidence, step=step, valid=view.valid, threshold=options.confidence_threshold
         )
         shift = None
-        if options.adjust_logits:
-            assert self.logit_shift is not None, "it needs class_shares"
+        if options.adjusts:
             assert self.class_shares is not None
-            shift = pseudo_label_shift(self.logit_shift, self.class_shares, self.pseudo_label_shares[own])
-            self.pseudo_label_pixels[own] += pixels_of_class(view.pseudo_label, weight, self.config.num_classes)
+            assert self.logit_shift is not None
+            shift = self.logit_shift + pseudo_label_shift(self.class_shares, self.pseudo_label_shares[own])
+            self.pseudo_label_pixels[own].add_(pixels_of_class(view.pseudo_label, weight, self.config.num_classes))
         return weighted_cross_entropy(logits, view.pseudo_label, weight, self.config.ignore_label, shift)
 
     def follow_shares(self, *, frozen: Tensor | None = None) -> None:
-        """The pseudo-labels' class shares, averages that move at the teachers' pace, take in what the step counted."""
+        """The moving averages of the pseudo-labels' class shares take in what the step counted."""
         average_([self.pseudo_label_pixels])
         total = self.pseudo_label_pixels.sum(dim=1, keepdim=True)
         change = (1 - self.unlabeled.ema_decay) * (total > 0)  # no pseudo-labels: no change
@@ -354,12 +354,12 @@ class CrossTeacher(nn.Module):
 
     def step_buffers(self) -> list[Tensor]:
         """What ``training_step`` itself changes."""
-        counts = [self.pseudo_label_pixels] if self.unlabeled.adjust_logits else []
+        counts = [self.pseudo_label_pixels] if self.unlabeled.adjusts else []
         return [*(buffer for student in self.students for buffer in student.buffers()), self.banks_were_ready, *counts]
 
     def log_values(self, step: int) -> dict[str, float]:
         """What was observed, and the banks now; tags as in TensorBoard. Values that do not exist are left out."""
-        values = self.observed | (describe_banks(self, step) if self.uses_banks else {})
+        values = self.observed | describe_shares(self) | (describe_banks(self, step) if self.uses_banks else {})
         self.observed = {}
         if not values:
             return {}

@@ -62,6 +62,17 @@ def describe_banks(method: "CrossTeacher", step: int) -> Values:
     return values
 
 
+def describe_shares(method: "CrossTeacher") -> Values:
+    """The class shares of the pseudo-labels as ``adjust_logits`` takes them: moving averages, weighted, mixed."""
+    if not method.unlabeled.adjusts:
+        return {}
+    return {
+        f"pseudo_label/average_share_of_class/{own}/{name}": share
+        for own, shares in enumerate(method.pseudo_label_shares)
+        for name, share in zip(method.config.data.class_names, shares, strict=True)
+    }
+
+
 def _gradient_norm(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """Length of a weighted term's gradient in the logits and features of one student, labeled and unlabeled.
 

@@ -1,5 +1,6 @@
 """The configuration: what is refused, how it is said, and that its documents are fresh."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -223,6 +224,14 @@ def test_the_script_decides_the_network_and_says_so():
             "the contrastive terms never start: contrast_start 4, num_iterations 3",
         ),
         (
+            {"training__unlabeled__adjust_logits": True, "training__unlabeled__consistency_loss": "MSE"},
+            "adjust_logits has no effect",
+        ),
+        (
+            {"training__unlabeled__adjust_logits": True, "training__unlabeled__consistency_weight": 0},
+            "adjust_logits has no effect",
+        ),
+        (
             {"dataset__labeled": "some.txt", "training__data__split_id_list": 1},
             "training.data.split_id_list has no effect: dataset.labeled names the list some.txt",
         ),
@@ -272,6 +281,15 @@ def test_what_changes_no_number_may_differ_and_a_known_dataset_is_the_block_it_s
         other = dump_config(override_config(tiny_values(dataset="pascal_voc"), [override], source="test"))
         assert list(different_keys(one, other)) == different, override
         assert different_keys(one, other, free=different) == {}
+
+
+def test_a_run_of_a_version_that_did_not_know_a_key_goes_on_with_its_default():
+    now = dump_config(check_config(tiny_values(), source="test"))
+    before = copy.deepcopy(now)
+    del before["training"]["optimizer"], before["training"]["unlabeled"]["adjust_logits"]
+    assert different_keys(before, now) == {}
+    now["training"]["optimizer"] = "AdamW"
+    assert different_keys(before, now) == {"training.optimizer": ("SGD", "AdamW")}
 
 
 def test_cityscapes_maps_the_nineteen_ids_of_its_label_files():

@@ -123,18 +123,19 @@ def test_logit_adjustment_changes_the_supervised_term_and_nothing_that_is_saved(
 
 
 def test_the_cross_teacher_term_is_adjusted_to_the_shares_of_its_own_pseudo_labels(tiny_config, batches):
-    config = tiny_config(training__unlabeled__adjust_logits=True, training__unlabeled__pixel_weight=False)
+    changes = {"training__logit_adjustment": 0.5, "training__unlabeled__pixel_weight": False}
+    config = tiny_config(training__unlabeled__adjust_logits=True, **changes)
     shares = torch.tensor([0.7, 0.2, 0.1])
     method = CrossTeacher(build_networks(config), config, labeled_samples=4, class_shares=shares.numpy()).train()
     labeled, unlabeled = batches()
     method.recording = True
-    torch.manual_seed(1)  # of dropout
     losses = method.training_step(labeled, unlabeled, step=0)
     counted = []
     for own in (0, 1):
-        view, mixed = method.record.views[own], method.record.mixed[own]
-        plain = F.cross_entropy(upsample(mixed.logits, view.images), view.pseudo_label, reduction="none")
-        torch.testing.assert_close(losses["cross_teacher", own], (plain * view.valid).mean())  # the same shares so far
+        view, logits = method.record.views[own], upsample(method.record.mixed[own].logits, labeled.labels)
+        logits = logits + 0.5 * shares.log().view(3, 1, 1)  # no more: so far the shares count as those of the labels
+        adjusted = F.cross_entropy(logits, view.pseudo_label, reduction="none")
+        torch.testing.assert_close(losses["cross_teacher", own], (adjusted * view.valid).mean())
         counted.append(torch.stack([(view.valid & (view.pseudo_label == index)).sum() for index in range(3)]).float())
     method.after_step(labeled, step=0, frozen=torch.tensor(True))
     assert torch.equal(method.pseudo_label_shares, shares.repeat(2, 1))
@@ -142,11 +143,13 @@ def test_the_cross_teacher_term_is_adjusted_to_the_shares_of_its_own_pseudo_labe
     method.after_step(labeled, step=0)
     expected = torch.stack([0.99 * shares + 0.01 * one / one.sum() for one in counted])
     torch.testing.assert_close(method.pseudo_label_shares, expected)
+    assert not method.pseudo_label_pixels.any(), "no step counts twice"
 
     losses = method.training_step(labeled, unlabeled, step=1)
     for own in (0, 1):
         view, logits = method.record.views[own], upsample(method.record.mixed[own].logits, labeled.labels)
-        logits = logits + (method.pseudo_label_shares[own] / shares).log().view(3, 1, 1)
+        shift = 0.5 * shares.log() + (method.pseudo_label_shares[own] / shares).log()
+        logits = logits + shift.view(3, 1, 1)
         adjusted = F.cross_entropy(logits, view.pseudo_label, reduction="none")
         torch.testing.assert_close(losses["cross_teacher", own], (adjusted * view.valid).mean())
     assert "pseudo_label_shares" in method.state_dict(), "a resumed run knows them"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -204,6 +205,31 @@ def test_a_failed_step_leaves_fp16_s_scale_alone_too(steps: Any):
     with pytest.raises(NonFiniteError, match="cross_teacher of student 0 is nan"):
         do()
     assert made.scaler.get_scale() == 64
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_failed_step_leaves_adamw_and_the_shares_of_pseudo_labels_alone_until_it_is_noticed(
+    steps: Any, monkeypatch: pytest.MonkeyPatch, precision: str
+):
+    shares = np.array([0.7, 0.2, 0.1])
+    monkeypatch.setattr(
+        f"{__name__}.build",
+        lambda config: CrossTeacher(build_networks(config), config, labeled_samples=4, class_shares=shares).train(),
+    )
+    changes = {"optimizer": "AdamW", "unlabeled__adjust_logits": True, "unlabeled__pixel_weight": "power"}
+    changes |= {"precision": precision, "logit_adjustment": 0.5}
+    made, do = steps(waits=False, **{f"training__{key}": value for key, value in changes.items()})
+    made.scaler._init_scale = 16.0
+    do()
+    before = {name: value.clone() for name, value in learned(made).items()}
+    assert any(name.startswith("exp_avg") for name in before)
+    assert "pseudo_label_shares" in before
+    predict_target = made.method.predict_target
+    made.method.predict_target = lambda *args: predict_target(*args) * float("nan")  # so the weights are nan too
+    do()
+    made.method.predict_target = predict_target
+    do()
+    assert [name for name, value in learned(made).items() if not torch.equal(value, before[name])] == []
 
 
 def test_fp16_that_no_scale_helps_stops_with_the_cure(steps: Any):

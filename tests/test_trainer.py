@@ -61,7 +61,7 @@ def build(config: Config, *, name: str = "test", resume: str | None = None) -> T
     files = DatasetFiles(config)
     students = build_networks(config)
     run = start_run(config, name=name, resume=resume, device="cpu")
-    shares = files.class_shares() if config.training.adjusts_logits else None
+    shares = files.class_shares() if config.training.needs_class_shares else None
     method = CrossTeacher(students, config, labeled_samples=len(files.ids("labeled")), class_shares=shares)
 
     def picture(path: Path, step: int) -> list[Path]:

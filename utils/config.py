@@ -264,14 +264,22 @@ class UnlabeledConfig(Section):
         "batch",
         description="BatchNorm statistics of a teacher that predicts in training: of the batch, or the running ones",
     )
-    ema_decay: Probability = Field(0.99, description="largest decay of the teachers' moving average")
+    ema_decay: Probability = Field(
+        0.99, description="largest decay of the teachers' moving average; that of the shares of adjust_logits"
+    )
     mask_padding: bool = Field(True, description="pixels that are only padding carry no pseudo-label")
     adjust_logits: bool = Field(
         False,
-        description="the logits of the cross-teacher term are adjusted to the class shares of its pseudo-labels, as "
-        "training.logit_adjustment adjusts those of the supervised term to the shares of the labels; rare classes, "
-        'which have few pseudo-labels, are then not unlearned. For "CE"; false: the paper',
+        description="the cross-teacher term too sees adjusted logits: + what training.logit_adjustment adds (0 adds "
+        "nothing) + log(share of the class among the pseudo-labels / among the labels); rare classes, which have few "
+        'pseudo-labels, are then less unlearned. For "CE"; false: the paper',
     )
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether ``adjust_logits`` has an effect."""
+        is_computed = self.train_unlabeled and self.consistency_weight > 0 and self.consistency_loss == "CE"
+        return self.adjust_logits and is_computed
 
 
 class ContrastiveConfig(Section):
@@ -332,7 +340,7 @@ class TrainingConfig(Section):
         description="how much the supervised term favors rare classes: it sees logits + this * log(share of the class "
         "among the labeled pixels) (Menon et al. 2021); 0: the paper, 1: as if all classes were equally frequent",
     )
-    weight_decay: Weight = Field(5e-4, description="of SGD")
+    weight_decay: Weight = Field(5e-4, description="of SGD; of AdamW decoupled from the gradient, where 0.01 is usual")
     decay_norm_and_bias: bool = Field(
         True, description="weight decay on norm parameters and biases too, as the release"
     )
@@ -358,9 +366,9 @@ class TrainingConfig(Section):
     contrastive: ContrastiveConfig = ContrastiveConfig()
 
     @property
-    def adjusts_logits(self) -> bool:
+    def needs_class_shares(self) -> bool:
         """Whether training needs to know the class shares of the labeled pixels."""
-        return self.logit_adjustment > 0 or (self.unlabeled.train_unlabeled and self.unlabeled.adjust_logits)
+        return self.logit_adjustment > 0 or self.unlabeled.adjusts
 
     @model_validator(mode="after")
     def _contrast_needs_unlabeled(self) -> "TrainingConfig":
@@ -492,8 +500,8 @@ def _settings_without_effect(config: Config) -> Iterator[str]:
         yield f"unlabeled images are never used: start_iteration {unlabeled.start_iteration}, num_iterations {steps}"
     elif unlabeled.train_unlabeled and contrasts and (contrastive.contrast_start or 0) >= steps:
         yield f"the contrastive terms never start: contrast_start {contrastive.contrast_start}, num_iterations {steps}"
-    if unlabeled.train_unlabeled and unlabeled.adjust_logits and unlabeled.consistency_loss != "CE":
-        yield f'adjust_logits has no effect: consistency_loss is "{unlabeled.consistency_loss}"'
+    if unlabeled.train_unlabeled and unlabeled.adjust_logits and not unlabeled.adjusts:
+        yield 'adjust_logits has no effect: it takes consistency_loss "CE" and a consistency_weight above 0'
     if training.data.split_id_list is not None and config.data.labeled is not None:
         yield f"training.data.split_id_list has no effect: dataset.labeled names the list {config.data.labeled}"
 
@@ -560,9 +568,11 @@ def different_keys(
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> both values, for the keys of two dumped configurations that change what is computed and differ.
 
-    free: further keys, or beginnings of keys, that are let differ.
+    A key of which an older version knew nothing has its default there. free: further keys, or beginnings of keys, that
+    are let differ.
     """
-    old, new = (_flat(values | {"dataset": _block(values.get("dataset"))}) for values in (one, other))
+    defaults = _flat({"training": TrainingConfig().model_dump(mode="json")})
+    old, new = (defaults | _flat(values | {"dataset": _block(values.get("dataset"))}) for values in (one, other))
     keys = (key for key in sorted(old | new) if not key.startswith((*FREE_KEYS, *free)))
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 

@@ -50,22 +50,22 @@ def logit_shift(class_shares: np.ndarray, strength: float) -> Tensor:
     return strength * shares.clamp(min=float(shares[shares > 0].min())).log()
 
 
-def pseudo_label_shift(shift: Tensor, class_shares: Tensor, pseudo_label_shares: Tensor) -> Tensor:
-    """`logit_shift` for labels that have other class shares: what the logits of the cross-teacher term lack.
+def pseudo_label_shift(class_shares: Tensor, pseudo_label_shares: Tensor) -> Tensor:
+    """What the logits of the cross-teacher term lack besides `logit_shift`, because pseudo-labels have other shares.
 
-    Pseudo-labels have far fewer pixels of a rare class than there are. Taught as they come, they take the class away
-    from the pixels of all others; this leaves its mean over all pixels alone.
+    Pseudo-labels hold far fewer pixels of a rare class than there are. Taught as they come, they push the class down on
+    the pixels of all others. This takes most of that push away; all of it where all pixels look alike.
 
     Args:
-        shift: (C,) float32, `logit_shift` of the labeled pixels.
         class_shares, pseudo_label_shares: (C,) float32, each class's share of the labeled and pseudo-labeled pixels.
 
     Returns:
-        (C,) float32: `shift + log(pseudo_label_share / class_share)`, the quotient not below `LEAST_SHARE`; `shift`
-        where a class has no labeled pixel.
+        (C,) float32: `log(pseudo_label_share / class_share)`, the quotient not below `LEAST_SHARE`; 0 for a class
+        without a labeled pixel.
     """
-    quotient = (pseudo_label_shares / class_shares.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=LEAST_SHARE)
-    return shift + quotient.log().where(class_shares > 0, 0.0)
+    has_labels = class_shares > 0
+    quotient = pseudo_label_shares / class_shares.where(has_labels, 1.0)
+    return quotient.clamp(min=LEAST_SHARE).log().where(has_labels, 0.0)
 
 
 def weighted_cross_entropy(
@@ -81,7 +81,7 @@ def weighted_cross_entropy(
         pseudo_label: (B, H, W) int64, a class in 0..C-1 or `ignore_label` (contributes 0).
         weight: (B, H, W) float, no gradient; 0 leaves the pixel out, 1 counts it fully.
         ignore_label: value of `pseudo_label` that contributes 0.
-        shift: (C,) float32, added to the logits of each pixel (`pseudo_label_shift`); None: nothing is added.
+        shift: (C,) float32, added to the logits of each pixel (`logit_shift`); None: nothing is added.
 
     Returns:
         () float32.
