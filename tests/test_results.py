@@ -62,3 +62,11 @@ def test_a_kept_run_can_be_trained_again_and_says_what_it_is(run: Path):
         assert result[key]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == result["step"]
+
+
+def test_the_named_recipe_is_what_its_study_trained():
+    run = next((PROJECT / "results/labels_1_8_best/full_CTT-seed=0").glob("*/config.json"))
+    trained, recipe = load_config(run), load_config(PROJECT / "configs/configCamVid_best.json")
+    for key in ("model", "backbone", "backbone_width", "feature_channels", "pretrained", "seed", "training"):
+        assert getattr(trained, key) == getattr(recipe, key)
+    assert trained.data.resize == recipe.data.resize
