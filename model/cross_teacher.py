@@ -224,7 +224,7 @@ class CrossTeacher(nn.Module):
         drawn_for = 0 if options.strong_view == "shared" else own  # the same key draws the same view
         generator = self.draws("strong view", drawn_for, step=step, part=part)
         valid = unlabeled.valid if options.mask_padding else torch.ones_like(unlabeled.valid)
-        # Not argmax, which on a CPU is thirty times slower.
+        # Not argmax, which is many times slower on a CPU.
         predicted = targets[drawn_for].max(dim=1).indices.where(valid, self.config.ignore_label)
         mask = draw_mix_masks(options.mix_mask, predicted, generator, ignore_label=self.config.ignore_label)
         source = torch.arange(valid.numel(), device=valid.device).view_as(valid)
