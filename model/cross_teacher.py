@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from model.memory_bank import Candidates, MemoryBank
 from model.network import NetworkOutput, SegmentationNetwork
 from model.observe import StepRecord, describe, describe_banks, describe_shares
+from model.pseudo_label_shares import PseudoLabelShares
 from model.teacher import EmaTeacher, predict_frozen, predict_probabilities, upsample
 from utils.augment import draw_flips, horizontal_flip, strong_augment
 from utils.batch import Batch
@@ -29,8 +30,6 @@ from utils.losses import (
     logit_shift,
     mean_squared_error,
     pixel_weight,
-    pixels_of_class,
-    pseudo_label_shift,
     weighted_cross_entropy,
 )
 from utils.mixing import draw_mix_masks, mix
@@ -70,10 +69,8 @@ class CrossTeacher(nn.Module):
     teachers: Sequence[EmaTeacher]
     banks: Sequence[MemoryBank]
     banks_were_ready: Tensor
-    class_shares: Tensor | None
     logit_shift: Tensor | None
-    pseudo_label_shares: Tensor
-    pseudo_label_pixels: Tensor
+    pseudo_label_shares: PseudoLabelShares | None
     record: StepRecord | None
     observed: dict[str, Tensor]
 
@@ -102,13 +99,9 @@ class CrossTeacher(nn.Module):
         # Never turns back, also when a class is first seen later; a buffer, so that a resumed run knows it too.
         self.register_buffer("banks_were_ready", torch.tensor(False))
         shift = None if class_shares is None else logit_shift(class_shares, config.training.logit_adjustment)
-        shares = None if class_shares is None else torch.as_tensor(class_shares, dtype=torch.float32)
         self.register_buffer("logit_shift", shift, persistent=False)
-        self.register_buffer("class_shares", shares, persistent=False)
-        if self.unlabeled.adjusts:  # (2, C): averages over the steps so far, and this step's summed weights
-            start = torch.zeros(config.num_classes) if shares is None else shares
-            self.register_buffer("pseudo_label_shares", start.repeat(2, 1))
-            self.register_buffer("pseudo_label_pixels", torch.zeros_like(self.pseudo_label_shares), persistent=False)
+        start = torch.zeros(config.num_classes) if class_shares is None else torch.as_tensor(class_shares).float()
+        self.pseudo_label_shares = PseudoLabelShares(start, decay) if self.unlabeled.adjusts else None
         self.recording, self.record, self.observed = False, None, {}  # see ``observe``
         self.contrast_started = False  # the same once it is True, known without waiting for the device
 
@@ -167,8 +160,8 @@ class CrossTeacher(nn.Module):
         """
         max_new = max(2 * self.contrastive.memory_size // self.labeled_samples, self.config.training.batch_size)
         average_([buffer for student in self.students for buffer in student.buffers()], frozen=frozen)
-        if self.unlabeled.adjusts:
-            self.follow_shares(frozen=frozen)
+        if self.pseudo_label_shares is not None:
+            self.pseudo_label_shares.follow(frozen=frozen)
         for student, teacher, bank in zip(self.students, self.teachers, self.banks, strict=True):
             teacher.update(student, step, frozen=frozen)
             if self.uses_banks:
@@ -251,22 +244,11 @@ class CrossTeacher(nn.Module):
             options.pixel_weight, view.confidence, step=step, valid=view.valid, threshold=options.confidence_threshold
         )
         shift = None
-        if options.adjusts:
-            assert self.class_shares is not None
+        if self.pseudo_label_shares is not None:
             assert self.logit_shift is not None
-            shift = self.logit_shift + pseudo_label_shift(self.class_shares, self.pseudo_label_shares[own])
-            self.pseudo_label_pixels[own].add_(pixels_of_class(view.pseudo_label, weight, self.config.num_classes))
+            shift = self.logit_shift + self.pseudo_label_shares.shift(own)
+            self.pseudo_label_shares.count(own, view.pseudo_label, weight)
         return weighted_cross_entropy(logits, view.pseudo_label, weight, self.config.ignore_label, shift)
-
-    def follow_shares(self, *, frozen: Tensor | None = None) -> None:
-        """The moving averages of the pseudo-labels' class shares take in what the step counted."""
-        average_([self.pseudo_label_pixels])
-        total = self.pseudo_label_pixels.sum(dim=1, keepdim=True)
-        change = (1 - self.unlabeled.ema_decay) * (total > 0)  # no pseudo-labels: no change
-        if frozen is not None:
-            change = change * ~frozen
-        self.pseudo_label_shares.lerp_(self.pseudo_label_pixels / total.where(total > 0, 1.0), change)
-        self.pseudo_label_pixels.zero_()
 
     def high_level(
         self,
@@ -354,7 +336,7 @@ class CrossTeacher(nn.Module):
 
     def step_buffers(self) -> list[Tensor]:
         """What ``training_step`` itself changes."""
-        counts = [self.pseudo_label_pixels] if self.unlabeled.adjusts else []
+        counts = [] if self.pseudo_label_shares is None else [self.pseudo_label_shares.counted]
         return [*(buffer for student in self.students for buffer in student.buffers()), self.banks_were_ready, *counts]
 
     def log_values(self, step: int) -> dict[str, float]:

@@ -64,11 +64,11 @@ def describe_banks(method: "CrossTeacher", step: int) -> Values:
 
 def describe_shares(method: "CrossTeacher") -> Values:
     """The class shares of the pseudo-labels as ``adjust_logits`` takes them: moving averages, weighted, mixed."""
-    if not method.unlabeled.adjusts:
+    if method.pseudo_label_shares is None:
         return {}
     return {
         f"pseudo_label/average_share_of_class/{own}/{name}": share
-        for own, shares in enumerate(method.pseudo_label_shares)
+        for own, shares in enumerate(method.pseudo_label_shares.average)
         for name, share in zip(method.config.data.class_names, shares, strict=True)
     }
 

@@ -138,21 +138,21 @@ def test_the_cross_teacher_term_is_adjusted_to_the_shares_of_its_own_pseudo_labe
         torch.testing.assert_close(losses["cross_teacher", own], (adjusted * view.valid).mean())
         counted.append(torch.stack([(view.valid & (view.pseudo_label == index)).sum() for index in range(3)]).float())
     method.after_step(labeled, step=0, frozen=torch.tensor(True))
-    assert torch.equal(method.pseudo_label_shares, shares.repeat(2, 1))
+    assert torch.equal(method.pseudo_label_shares.average, shares.repeat(2, 1))
     method.training_step(labeled, unlabeled, step=0)
     method.after_step(labeled, step=0)
     expected = torch.stack([0.99 * shares + 0.01 * one / one.sum() for one in counted])
-    torch.testing.assert_close(method.pseudo_label_shares, expected)
-    assert not method.pseudo_label_pixels.any(), "no step counts twice"
+    torch.testing.assert_close(method.pseudo_label_shares.average, expected)
+    assert not method.pseudo_label_shares.counted.any(), "no step counts twice"
 
     losses = method.training_step(labeled, unlabeled, step=1)
     for own in (0, 1):
         view, logits = method.record.views[own], upsample(method.record.mixed[own].logits, labeled.labels)
-        shift = 0.5 * shares.log() + (method.pseudo_label_shares[own] / shares).log()
+        shift = 0.5 * shares.log() + (method.pseudo_label_shares.average[own] / shares).log()
         logits = logits + shift.view(3, 1, 1)
         adjusted = F.cross_entropy(logits, view.pseudo_label, reduction="none")
         torch.testing.assert_close(losses["cross_teacher", own], (adjusted * view.valid).mean())
-    assert "pseudo_label_shares" in method.state_dict(), "a resumed run knows them"
+    assert "pseudo_label_shares.average" in method.state_dict(), "a resumed run knows them"
 
 
 def test_a_step_without_pseudo_labels_leaves_their_shares_alone(tiny_config, batches):
@@ -164,7 +164,7 @@ def test_a_step_without_pseudo_labels_leaves_their_shares_alone(tiny_config, bat
     losses = method.training_step(labeled, unlabeled, step=0)
     method.after_step(labeled, step=0)
     assert losses["cross_teacher", 0] == 0
-    torch.testing.assert_close(method.pseudo_label_shares, torch.tensor(shares).float().repeat(2, 1))
+    torch.testing.assert_close(method.pseudo_label_shares.average, torch.tensor(shares).float().repeat(2, 1))
 
 
 def test_the_terms_start_when_they_should(tiny_config, batches):

@@ -223,7 +223,7 @@ def test_a_failed_step_leaves_adamw_and_the_shares_of_pseudo_labels_alone_until_
     do()
     before = {name: value.clone() for name, value in learned(made).items()}
     assert any(name.startswith("exp_avg") for name in before)
-    assert "pseudo_label_shares" in before
+    assert "pseudo_label_shares.average" in before
     predict_target = made.method.predict_target
     made.method.predict_target = lambda *args: predict_target(*args) * float("nan")  # so the weights are nan too
     do()
