@@ -31,30 +31,30 @@ def main(network: str = "DeepLab") -> int:
 def train(args: Namespace, config: Config, here: "World", *, make: Any = None, **more: str) -> int:
     """A process's share of the run. make: something else than CrossTeacher; more: facts that its results tell."""
     from data import DatasetFiles, evaluation_loader, preview_batch, training_loader
-    from model import CrossTeacher, build_students
+    from model import CrossTeacher, build_networks, build_students
     from utils.distributed import one_after_another
     from utils.evaluate import Evaluation, evaluate
     from utils.inference import inference_for
     from utils.logger import print_result
     from utils.rehearsal import rehearse
-    from utils.run import origin, start_run
+    from utils.run import path_to_continue, start_run
     from utils.trainer import Trainer, build_optimizer
     from utils.visualize import save_pictures
 
     files, protocol = DatasetFiles(config), config.utils.val_protocol
     if here.is_first:
         files.check_for_training()
-    facts = files.about_labeled() | more
-    with one_after_another(here):  # one downloads the weights, the others find them
-        students = build_students(config)
+    facts = files.about_labeled() | files.about_unlabeled() | more
+    with one_after_another(here):  # one downloads the weights, the others find them; a checkpoint has them all
+        students = (build_networks if path_to_continue(config, args.name, args.resume) else build_students)(config)
     run = start_run(config, name=args.name, resume=args.resume, device=args.device, here=here, dry=args.dry_run)
     make = make or CrossTeacher
     shares = files.class_shares() if config.training.needs_class_shares else None
     method = make(students, config, labeled_samples=len(files.ids("labeled")), class_shares=shares).to(run.device)
-    about = files.about("val") | facts | {"protocol": protocol, "seed": config.seed} | origin(run.device)
+    about = files.about("val") | facts | {"protocol": protocol, "seed": config.seed} | run.origin
 
-    def validate(step: int, *, first: int | None = None) -> Evaluation:
-        loader = evaluation_loader(files, "val", protocol=protocol, here=here, first=first)
+    def validate(step: int, through: Any = iter, *, first: int | None = None) -> Evaluation:
+        loader = through(evaluation_loader(files, "val", protocol=protocol, here=here, first=first))
         how, names = inference_for(config, protocol), files.block.class_names
         told = about | {"step": step}
         return evaluate(method.models(), loader, class_names=names, device=run.device, inference=how, about=told)

@@ -69,9 +69,9 @@ def check(args: argparse.Namespace) -> int:
         else:
             config = load_config(args.source, overrides=data_overrides(args))
         report = check_dataset(config)
+    print(report.as_text())
     if args.json:
         args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
-    print(report.as_text())
     return UserError.exit_status if report.errors else 0
 
 

@@ -135,7 +135,7 @@ class Bench:
             lambda stream, start: [],
             Run(folder, device),
             config=self.config,
-            evaluate=lambda step: None,  # type: ignore[arg-type, return-value]
+            evaluate=lambda step, through: None,  # type: ignore[arg-type, return-value]
             picture=lambda path, step: [],
             facts={},
             here=here,

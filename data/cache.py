@@ -7,6 +7,7 @@ change among it, so that a changed source is another file.
 
 import hashlib
 import os
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +40,7 @@ class DiskCache:
         except (OSError, ValueError, EOFError):
             pass  # not there, or damaged
         array = make()
-        unfinished = path.with_name(f"{name}.{os.getpid()}.tmp")
+        unfinished = path.with_name(f"{name}.{uuid.uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:

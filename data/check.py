@@ -472,6 +472,13 @@ def _judge_coverage(one: ListFacts, config: Config, errors: list[str], notes: li
                 f"expected pixels of some class; {fix}"
             )
         return
+    is_one = sum(map(bool, one.class_pixels)) == 1 < config.num_classes
+    if one.name == "labeled" and is_one and not errors:  # else said already
+        (only,) = (f"{index} {config.data.class_names[index]}" for index, n in enumerate(one.class_pixels) if n)
+        errors.append(
+            f"the label maps of the labeled list hold {only} alone: nothing to tell apart; expected two classes or more"
+        )
+        return
     absent = [f"{index} {config.data.class_names[index]}" for index, count in enumerate(one.class_images) if not count]
     if absent:
         means = "cannot be learned"

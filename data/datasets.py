@@ -138,6 +138,11 @@ class DatasetFiles:
         """Which images were labeled: part of every checkpoint, because it belongs to the model."""
         return {"labeled": len(self.ids("labeled")), "labeled hash": self.split_hash("labeled")}
 
+    def about_unlabeled(self) -> dict[str, str | int]:
+        """Which images a run takes as unlabeled ones: part of its checkpoints, nothing where it takes none."""
+        takes = self.config.training.unlabeled.train_unlabeled
+        return {"unlabeled hash": self.split_hash("unlabeled")} if takes else {}
+
     def split_hash(self, split: str = "labeled") -> str:
         """Twelve hex digits that name which images a split holds, whatever their order."""
         return hash_of(self.ids(split))

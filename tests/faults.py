@@ -55,6 +55,7 @@ PLACES: dict[str, tuple[Any, str, str]] = {
     "validation": (Trainer, "_validate", "before"),
     "training sample": (TrainingCrops, "__getitem__", "before"),
     "validation sample": (EvaluationImages, "__getitem__", "before"),
+    "validated": (Trainer, "_keep_best", "before"),
     # In a loading process that has begun, but does not ignore signals yet.
     "worker start": (
         importlib.import_module("torch.utils.data._utils.signal_handling"),

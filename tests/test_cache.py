@@ -100,6 +100,22 @@ def test_what_cannot_be_made_or_written_says_so(tmp_path: Path):
         DiskCache(tmp_path / "file", "x").get(tmp_path / "a", lambda: np.ones((2, 2), np.uint8))
 
 
+def test_two_machines_whose_processes_have_one_number_do_not_disturb_each_other(tmp_path: Path):
+    (tmp_path / "a").touch()
+    one, other = (DiskCache(tmp_path / "cache", "x") for _ in range(2))
+    real = os.replace
+
+    def both_at_once(unfinished: Path, path: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", real)
+            assert other.get(tmp_path / "a", lambda: np.ones((2, 2), np.uint8)).sum() == 4
+        real(unfinished, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", both_at_once)
+        assert one.get(tmp_path / "a", lambda: np.ones((2, 2), np.uint8)).sum() == 4
+
+
 def fill(arguments: tuple[str, str, int]) -> int:
     folder, source, value = arguments
     cache = DiskCache(Path(folder), "x")

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 import data.check
+from data import DatasetFiles
 from data.check import Report, check_dataset
 from tests.conftest import tiny_values
 from utils.config import CITYSCAPES_IDS, Config, check_config
+from utils.errors import UserError
 
 IDS = [f"picture_{index}" for index in range(8)]
 LABELED, UNLABELED, VAL = IDS[:3], IDS[3:6], IDS[6:]
@@ -380,6 +382,14 @@ def test_classes_that_are_nowhere_labeled_or_validated_are_warned_of(check, root
     labeled, val = report.warnings
     assert "classes in no labeled image: 1 (2 car); they cannot be learned" in labeled
     assert "classes in no val image: 1 (1 road); they have no IoU" in val
+
+
+def test_labeled_images_of_one_class_alone_are_an_error_as_they_are_in_training(check, config, root: Path):
+    for name in LABELED:
+        save_label(root, name, 1)
+    assert "labeled list hold 1 class 1 alone: nothing to tell apart" in only(check().errors)
+    with pytest.raises(UserError, match="nothing to tell apart"):
+        DatasetFiles(config()).check_for_training()
 
 
 @pytest.mark.parametrize("changes", [{}, {"dataset__label_ids": [0, 1, 2]}])

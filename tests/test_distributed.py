@@ -22,7 +22,7 @@ from tests.conftest import tiny_values
 from tests.test_scripts import ENVIRONMENT, PROJECT, SCRIPTS, run, write_config
 from utils.checkpoint import load_checkpoint
 from utils.config import check_config
-from utils.distributed import ALONE, World, _without_gpus, part_size
+from utils.distributed import ALONE, World, _without_gpus, launch, part_size
 from utils.errors import UserError
 from utils.logger import COSTS
 
@@ -58,6 +58,24 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 def test_the_command_of_a_process_is_that_of_all_without_the_number_of_gpus():
     given = ["a.py", "--gpus", "2", "-n", "x", "--gpus=4", "--set", "a=1"]
     assert _without_gpus(given) == ["a.py", "-n", "x", "--set", "a=1"]
+
+
+@pytest.mark.parametrize(("hangup", "told"), [(signal.SIG_IGN, "SIGTERM,SIGINT,SIGQUIT"), (signal.SIG_DFL, None)])
+def test_the_launcher_too_stays_under_nohup_when_its_terminal_goes(
+    monkeypatch: pytest.MonkeyPatch, hangup: signal.Handlers, told: str | None
+):
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        "torch.distributed.launcher.api.elastic_launch",
+        lambda *_: lambda *_: seen.append(os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")),
+    )
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    before = signal.signal(signal.SIGHUP, hangup)
+    try:
+        assert launch(2) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [told]
 
 
 def test_a_bank_takes_from_several_offers_what_it_would_take_from_one_batch():

@@ -684,6 +684,23 @@ def test_a_second_signal_ends_a_run_at_once(demo: Path, tmp_path: Path, one: str
     assert training.steps == [1, 2], "the step in progress is not finished"
 
 
+@pytest.mark.slow
+def test_a_signal_in_a_validation_saves_at_once_because_who_sent_it_may_not_wait(
+    demo: Path, tmp_path: Path, undisturbed: Path
+):
+    config = write_config(tmp_path, demo)
+    told = Fault("validation sample", 1, faults.send, (signal.SIGTERM,))
+    not_waited_for = Fault("validated", 1, faults.kill)
+    with ended(Training(tmp_path, "--config", config, "--name", "told", faults=(told, not_waited_for))) as training:
+        assert training.wait() == -signal.SIGKILL, training.errors
+    assert f"told to stop: step {training.steps[-1]} is saved, its validation is finished first" in training.errors
+    saved = load_checkpoint(faults.run_folder(tmp_path) / "checkpoint.pth")
+    assert (saved["step"], saved["must_validate"]) == (training.steps[-1], True)
+    with ended(Training(tmp_path, "--config", config, "--name", "told", "--resume", "auto")) as again:
+        assert again.wait() == 0, again.errors
+    assert results_differ(faults.run_folder(tmp_path), undisturbed) == []
+
+
 # ------------------------------------------------------------------------------------------------ kill, kill, kill
 
 

@@ -70,7 +70,7 @@ def trainer(config: Config, folder: Path, *, waits: bool) -> Trainer:
     method = full_banks(build(config))
     made = Trainer(
         method, build_optimizer(method.students, config), lambda stream, start: [], Run(folder, CPU), config=config,
-        evaluate=lambda step: None, picture=lambda path, step: None, facts={},  # type: ignore[arg-type, return-value]
+        evaluate=lambda step, through: None, picture=lambda path, step: None, facts={},  # type: ignore[arg-type, return-value]
     )  # fmt: skip
     made.reads_every_step = waits
     return made
@@ -255,7 +255,7 @@ def test_a_resumed_fp16_run_goes_on_with_its_scale(steps: Any, tiny_config: Any)
     method = CrossTeacher(build_networks(made.config), made.config, labeled_samples=4)
     again = Trainer(
         method, build_optimizer(method.students, made.config), lambda stream, start: [], run, config=made.config,
-        evaluate=lambda step: None, picture=lambda path, step: None, facts={},  # type: ignore[arg-type, return-value]
+        evaluate=lambda step, through: None, picture=lambda path, step: None, facts={},  # type: ignore[arg-type, return-value]
     )  # fmt: skip
     assert all(group["fused"] for group in again.optimizer.param_groups)
     assert again.scaler.get_scale() == made.scaler.get_scale() == 32

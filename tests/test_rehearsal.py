@@ -63,7 +63,7 @@ def test_the_rehearsed_step_is_one_with_all_terms(demo: Path, tmp_path: Path, mo
     monkeypatch.setattr(
         trainer.method, "training_step", lambda *args, **more: seen.append(step_of(*args, **more)) or seen[-1]
     )
-    rehearse(trainer, images=3, evaluate_first=lambda count: trainer.evaluate(0))
+    rehearse(trainer, images=3, evaluate_first=lambda count: trainer.evaluate(0, iter))
     terms = [{term for term, _ in names} for names in seen]
     assert terms[0] == {"supervised"}
     assert terms[-1] == {"supervised", "cross_teacher", "high_level", "low_level"}

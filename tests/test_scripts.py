@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data.demo import make_demo_dataset
+from model import build_networks
 from tests.conftest import tiny_values
+from utils.config import load_config
 
 PROJECT = Path(__file__).parent.parent
 SCRIPTS = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "cross_teacher_deeplabv3+.py"}
@@ -141,6 +145,14 @@ def test_train_resume_and_evaluate_by_command(tmp_path: Path, demo: Path, networ
     assert hidden.returncode == 0, hidden.stderr
     later = run("evaluateSSL.py", "-m", folder, "--split", "test", "--set", "dataset.test=splits/labeled.txt")
     assert later.returncode == 0, later.stderr
+    assert "split test" in next(folder.glob("evaluation-test-original-best_model-set_????????/result.txt")).read_text()
+    moved = shutil.copytree(demo, tmp_path / "moved")
+    listed = moved / "ImageSets/Segmentation/val.txt"
+    listed.write_text("".join(listed.read_text().splitlines(keepends=True)[1:]))
+    other = run("evaluateSSL.py", "-m", folder / "checkpoint.pth", "--data-root", moved)
+    assert other.returncode == 2
+    assert "holds the result on other images" in other.stderr
+    assert json.loads((output / "result.json").read_text())["models"] == trained
     assert "split unlabeled" in (tmp_path / "hidden" / "result.txt").read_text()
 
 
@@ -228,6 +240,24 @@ def test_missing_weights_end_in_status_5_and_a_place_to_put_them(tmp_path: Path,
     assert done.returncode == 5
     assert "weights.pth" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_does_not_need_the_weights_that_it_started_from(tmp_path: Path, demo: Path):
+    whole = tmp_path / "weights.pth"
+    source = build_networks(load_config(write_config(tmp_path, demo)))[0]
+    source.normalization.set_preset("coco")  # what is not at hand later travels in the checkpoint
+    torch.save({"state_dict": source.state_dict()}, whole)
+    config = write_config(tmp_path, demo, pretrained=str(whole))
+    done = run(SCRIPTS["DeepLab"], "--config", config, "--name", "tuned")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    expected = json.loads((folder / "result.json").read_text())["models"]
+    whole.unlink()
+    (folder / "checkpoint_0000002.pth").replace(folder / "checkpoint.pth")
+    again = run(SCRIPTS["DeepLab"], "--config", config, "--name", "tuned", "--resume", "auto")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((folder / "result.json").read_text())["models"] == expected
 
 
 @pytest.mark.slow

@@ -865,6 +865,12 @@ def test_a_kept_study_never_replaces_another(tmp_path: Path, stand_in: Path):
         keep_study(tmp_path / "runs/study", tmp_path / "runs/study")
     with pytest.raises(UserError, match="no study"):
         keep_study(tmp_path / "runs", tmp_path / "new")
+    weights = tmp_path / "kept/seed=0/11-22_10-00-run/checkpoint.pth"
+    weights.parent.mkdir()
+    weights.touch()
+    with pytest.raises(UserError, match=r"kept holds weights \(checkpoint\.pth in .*; choose another --output"):
+        keep_study(tmp_path / "runs/study", tmp_path / "kept")
+    assert weights.exists()
 
 
 def test_a_thinned_log_keeps_validations_and_the_last_line_where_alone_is_what_is_told_by_class():

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from utils.config import Config, check_config
 from utils.errors import CheckpointError, NonFiniteError, UserError
 from utils.evaluate import evaluate
 from utils.inference import Inference
-from utils.logger import COSTS
-from utils.run import STOP_SIGNALS, Run, newest_checkpoint, start_run
+from utils.logger import COSTS, RunLogger
+from utils.run import STOP_SIGNALS, Run, newest_checkpoint, origin_of, start_run
 from utils.trainer import Trainer, build_optimizer
 from utils.visualize import save_pictures
 
@@ -75,16 +76,16 @@ def build(config: Config, *, name: str = "test", resume: str | None = None) -> T
         lambda stream, start: training_loader(files, stream, start_step=start),
         run,
         config=config,
-        evaluate=lambda step: evaluate(
+        evaluate=lambda step, through: evaluate(
             method.models(),
-            evaluation_loader(files, "val", protocol="original"),
+            through(evaluation_loader(files, "val", protocol="original")),
             class_names=files.block.class_names,
             device=CPU,
             inference=Inference(),
             about=files.about("val") | {"step": step},
         ),
         picture=picture,
-        facts=files.about_labeled(),
+        facts=files.about_labeled() | files.about_unlabeled(),
     )
 
 
@@ -273,13 +274,54 @@ def test_a_damaged_image_ends_the_run_with_what_was_learned_saved(config, demo: 
     assert load_checkpoint(trainer.run.folder / "checkpoint.pth")["step"] == trainer.step >= 2
 
 
-def test_other_labeled_images_are_refused_on_resume(config):
+@pytest.mark.parametrize("split", ["labeled", "unlabeled"])
+def test_other_images_are_refused_on_resume(config, demo: Path, tmp_path: Path, split: str):
+    root = shutil.copytree(demo, tmp_path / "copy")
+    stop_after(build(config(data_root=str(root))), 2)
+    listed = root / "splits" / f"{split}.txt"
+    ids = listed.read_text().split()
+    listed.write_text("\n".join(reversed(ids)))
+    assert build(config(data_root=str(root)), resume="auto").step == 2, "the same images"
+    listed.write_text("\n".join(ids[1:]))
+    with pytest.raises(CheckpointError, match=f"trained with other images .*{split} hash"):
+        build(config(data_root=str(root)), resume="auto")
+
+
+def test_a_checkpoint_that_does_not_tell_its_unlabeled_images_is_gone_on_with(config):
     first = build(config())
+    del first.facts["unlabeled hash"]
     stop_after(first, 2)
-    second = build(config())
-    second.facts = {"labeled": 5}
-    with pytest.raises(CheckpointError, match="other labeled images"):
-        second._restore(load_checkpoint(first.run.folder / "checkpoint.pth"))
+    assert build(config(), resume="auto").step == 2
+
+
+def test_a_result_names_every_version_of_the_code_that_trained_it(config, monkeypatch: pytest.MonkeyPatch):
+    def begin(commit: str, before: dict[str, str] | None = None) -> dict[str, str]:
+        monkeypatch.setattr("utils.run.code_version", lambda: commit)
+        return origin_of(CPU, before)
+
+    one = begin("aaa")
+    assert one["commit"] == begin("aaa", one)["commit"] == "aaa"
+    two = begin("bbb", one)
+    assert two["commit"] == begin("bbb", two)["commit"] == "aaa, then bbb"
+    begin("aaa")
+    stop_after(build(config()), 2)
+    begin("bbb")
+    with pytest.warns(UserWarning, match="resumed with other code: results will name aaa, then bbb"):
+        second = build(config(), resume="auto")
+    assert second.run.origin == two
+
+
+def test_a_log_that_cannot_be_shortened_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3))
+    (tmp_path / "log.jsonl").write_text(lines + '{"st')
+    how = {"total_steps": 4, "tensorboard": False}
+    with monkeypatch.context() as full:
+        full.setattr(Path, "replace", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            RunLogger(tmp_path, first_step=2, **how)
+    assert (tmp_path / "log.jsonl").read_text() == lines + '{"st'
+    RunLogger(tmp_path, first_step=2, **how).close()
+    assert (tmp_path / "log.jsonl").read_text() == "".join(lines.splitlines(keepends=True)[:2])
 
 
 def test_resuming_a_finished_run_evaluates_and_logs_nothing_twice(config):
@@ -376,3 +418,17 @@ def test_run_keeps_its_signal_handlers_to_itself(tmp_path: Path):
             "any second one ends the process at once"
         )
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_that_was_started_with_nohup_stays_when_its_terminal_goes(tmp_path: Path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = Run(tmp_path, CPU)
+        with run.stoppable():
+            signal.raise_signal(signal.SIGHUP)
+            assert run.stop_signal is None
+            signal.raise_signal(signal.SIGTERM)
+            assert (run.stop_signal, signal.getsignal(signal.SIGHUP)) == (signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

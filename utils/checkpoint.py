@@ -110,7 +110,7 @@ def older_checkpoints(path: Path) -> list[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Files that a killed process did not finish writing."""
-    for path in folder.glob(f"*.pth{UNFINISHED}"):
+    for path in folder.glob(f"*{UNFINISHED}"):
         path.unlink(missing_ok=True)
 
 

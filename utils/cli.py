@@ -1,6 +1,7 @@
 """The command lines; importing this needs nothing but the standard library, so that --help is quick."""
 
 import argparse
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -369,7 +370,9 @@ def evaluation_folder(args: argparse.Namespace, checkpoint: Path) -> str:
     models = sorted(set(args.models or []))
     scales = [f"scales_{'_'.join(f'{scale:g}' for scale in args.scales)}"] if args.scales != [1.0] else []
     flip = ["flip"] if args.flip else []
-    return "-".join(["evaluation", args.split, args.protocol, *flip, *scales, *which, *models])
+    changes = hashlib.sha256("\n".join(sorted(args.set)).encode()).hexdigest()[:8]
+    changed = [f"set_{changes}"] if args.set else []
+    return "-".join(["evaluation", args.split, args.protocol, *flip, *scales, *which, *models, *changed])
 
 
 def _scale(text: str) -> float:

@@ -92,6 +92,8 @@ class DatasetConfig(Section):
             given = getattr(self, key)
             if given is not None and len(given) != classes:
                 raise ValueError(f"{key} has {len(given)} entries, but there are {classes} classes")
+        if twice := sorted({name for name in self.names or [] if (self.names or []).count(name) > 1}):
+            raise ValueError(f"names has {', '.join(map(repr, twice))} more than once; results are told by name")
         if self.train is None and self.labeled is None:
             raise ValueError("give train, or both labeled and unlabeled")
         if len(set(self.label_ids or [])) != len(self.label_ids or []):

@@ -9,6 +9,7 @@ got, in a run of one process.
 import datetime
 import logging
 import os
+import signal
 import sys
 import uuid
 import warnings
@@ -98,6 +99,11 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def ignores_hangup() -> bool:
+    """Whether this process was started with nohup: it stays when its terminal goes."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 def launch(count: int) -> int:
     """Run this command in ``count`` processes on this machine; the exit status of the first one that fails, or 0.
 
@@ -109,6 +115,8 @@ def launch(count: int) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own messages say why
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    if ignores_hangup():
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

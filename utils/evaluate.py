@@ -159,6 +159,18 @@ def evaluate(
     return replace(evaluation, about={**about, "images": int(total(torch.tensor(count)))})
 
 
+def refuse_other_images(folder: Path, split_hash: str) -> None:
+    """UserError if a folder holds an evaluation on other images than those of the hash."""
+    try:
+        there = json.loads((folder / "result.json").read_text(encoding="utf-8"))["split hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or half of one
+    if there != split_hash:
+        raise UserError(
+            f"{folder} holds the result on other images (split hash {there}, now {split_hash}); give --output a folder"
+        )
+
+
 def choose_models(networks: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:
     """``wanted``, or all; UserError for a name that is none of ``model_names``."""
     known = model_names(networks)

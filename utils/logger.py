@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from utils.checkpoint import UNFINISHED
 from utils.evaluate import Evaluation
 
 # What a run costs, not what it computes: these values of a log differ from run to run.
@@ -91,9 +92,9 @@ class RunLogger:
         waited, self._waited = self._waited, 0.0
         return (now - then) / max(step - before, 1), waited / (now - then)
 
-    def message(self, text: str) -> None:
-        """A line of its own above the progress bar."""
-        if not self.silent:
+    def message(self, text: str, *, of_all: bool = False) -> None:
+        """A line of its own above the progress bar; of_all: also from a process that is silent else."""
+        if not self.silent or of_all:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
@@ -107,13 +108,17 @@ class RunLogger:
         """Remove log lines of steps that will be done again; ``done``: the number of steps that will not."""
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        kept, before = list[str](), self.path.read_text(encoding="utf-8")
+        for line in before.splitlines():
             try:
                 kept += [line] * (json.loads(line)["step"] <= done)
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut off by a kill
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        after = "".join(line + "\n" for line in kept)
+        if after != before:  # written beside it: a full disk or a kill must not cost what was logged
+            shorter = self.path.with_name(self.path.name + UNFINISHED)
+            shorter.write_text(after, encoding="utf-8")
+            shorter.replace(self.path)
 
 
 def print_lines(lines: Sequence[str]) -> None:

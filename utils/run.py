@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +20,18 @@ import torch
 
 from utils.checkpoint import load_checkpoint, older_checkpoints, remove_leftovers
 from utils.config import Config, different_keys, dump_config
-from utils.distributed import ALONE, World, from_first, part_size, world
+from utils.distributed import ALONE, World, from_first, ignores_hangup, part_size, world
 from utils.errors import CheckpointError, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+THEN = ", then "  # between the commits, versions or machines of a run that was continued
 
 
 @dataclass
 class Run:
     """folder: where everything of the run goes. checkpoint: what it continues from, or None.
 
-    step_on_disk: of the folder's checkpoint.pth, None where there is none or a damaged one.
+    step_on_disk: of the folder's checkpoint.pth, None where there is none or a damaged one. origin: see ``origin_of``.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Run:
     checkpoint: dict[str, Any] | None = None
     step_on_disk: int | None = None
     stop_signal: int | None = field(default=None)
+    origin: dict[str, str] = field(init=False)
     lock: Any = field(default=None, repr=False)  # an open file, locked as long as the process lives; False: another's
     scratch: Any = field(default=None, repr=False)  # of a dry run: its folder goes when this goes
 
@@ -45,6 +47,14 @@ class Run:
         if self.lock is None:
             self.lock = _lock(self.folder)
             remove_leftovers(self.folder)
+        self.origin = origin_of(self.device)
+
+    def continue_from(self, checkpoint: dict[str, Any]) -> None:
+        """Not from the start; a warning where other code began it."""
+        self.checkpoint, before = checkpoint, checkpoint.get("origin")  # none in older checkpoints
+        self.origin = origin_of(self.device, before)
+        if before is not None and before["commit"] != self.origin["commit"]:
+            warnings.warn(f"resumed with other code: results will name {self.origin['commit']}", stacklevel=4)
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -52,10 +62,11 @@ class Run:
 
         def note(number: int, _: Any) -> None:
             self.stop_signal = number
-            for any_of_them in STOP_SIGNALS:
+            for any_of_them in previous:
                 signal.signal(any_of_them, signal.SIG_DFL)
 
-        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        heard = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup()]
+        previous = {number: signal.signal(number, note) for number in heard}
         try:
             yield
         finally:
@@ -114,13 +125,16 @@ def start_run(
         make_deterministic()
     where = choose_device(device, here)
     if dry:
-        if (path := _path_to_continue(config, name=name, resume=resume)) is not None:
+        if (path := path_to_continue(config, name, resume)) is not None:
             _load(path, resume, config)
         scratch = tempfile.TemporaryDirectory(prefix="dry-run-")
         return Run(Path(scratch.name), where, scratch=scratch)
     if not here.is_first:
         folder, found = from_first((Path(), None))
-        return Run(folder, where, load_checkpoint(found) if found else None, lock=False)
+        run = Run(folder, where, lock=False)
+        if found:
+            run.continue_from(load_checkpoint(found))
+        return run
     run, found = _open_run(config, where, name=name, resume=resume)
     from_first((run.folder, found))
     return run
@@ -128,7 +142,7 @@ def start_run(
 
 def _open_run(config: Config, where: torch.device, *, name: str, resume: str | None) -> tuple[Run, Path | None]:
     """The run, and the checkpoint that it continues from."""
-    path = _path_to_continue(config, name=name, resume=resume)
+    path = path_to_continue(config, name, resume)
     if path is None:
         folder = _new_folder(Path(config.utils.checkpoint_dir), name)
         (folder / "config.json").write_text(json.dumps(dump_config(config), indent=1) + "\n", encoding="utf-8")
@@ -136,13 +150,13 @@ def _open_run(config: Config, where: torch.device, *, name: str, resume: str | N
     named = _load(path, resume, config) if resume != "auto" else None  # before anything is written or removed beside it
     run = Run(path.parent, where)
     found, checkpoint = named or _load(path, resume, config)
-    run.checkpoint = checkpoint
+    run.continue_from(checkpoint)
     run.step_on_disk = checkpoint["step"] if found.name == "checkpoint.pth" else None
     return run, found
 
 
-def _path_to_continue(config: Config, *, name: str, resume: str | None) -> Path | None:
-    """The checkpoint that ``resume`` names or means."""
+def path_to_continue(config: Config, name: str, resume: str | None) -> Path | None:
+    """The checkpoint that ``resume`` names or means; None: the run starts anew."""
     path = newest_checkpoint(config, name) if resume == "auto" else Path(resume) if resume else None
     return path / "checkpoint.pth" if path is not None and path.is_dir() else path
 
@@ -239,10 +253,18 @@ def code_version() -> str:
         return "unknown"
 
 
-def origin(device: torch.device) -> dict[str, str]:
-    """What a result names of what computed it: the project's commit, torch's version, and the machine."""
+def origin_of(device: torch.device, before: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a result names of what computed it: the project's commit, torch's version, and the machine.
+
+    before: the same of the checkpoint that the run continues from. What is another one now is named after it.
+    """
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return {"commit": code_version(), "torch": torch.__version__, "machine": processor_name(device) + threads}
+    now = {"commit": code_version(), "torch": str(torch.__version__), "machine": processor_name(device) + threads}
+    return {key: _then((before or {}).get(key, value), value) for key, value in now.items()}
+
+
+def _then(before: str, now: str) -> str:
+    return before if before.split(THEN)[-1] == now else before + THEN + now
 
 
 def processor_name(device: torch.device) -> str:

@@ -20,7 +20,7 @@ RUN = "run"  # the folder of a kept run, below its job's
 def keep_study(study: Path, output: Path) -> Results:
     """Copy the finished runs of a study: configuration, results, a thinned log; its report without the page.
 
-    UserError where ``study`` is none, its runs cannot share a table, or ``output`` holds another study.
+    UserError where ``study`` is none, its runs cannot share a table, or ``output`` holds another study, or weights.
     """
     results_of_study(study)
     planned = read_json(study / "study.json") or {}
@@ -29,6 +29,8 @@ def keep_study(study: Path, output: Path) -> Results:
         raise UserError(f"{output} holds the study {there.get('name')}; choose another --output")
     if output.resolve() == study.resolve():
         raise UserError("--output is the study itself; choose another folder")
+    if weights := next((path for name in planned["jobs"] for path in (output / name).rglob("*.pth")), None):
+        raise UserError(f"{output} holds weights ({weights.name} in {weights.parent}); choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     for name in planned["jobs"]:
         shutil.rmtree(output / name, ignore_errors=True)

@@ -36,9 +36,9 @@ class Trainer:
 
     method: a module with training_step, total_loss, after_step and log_values (see model/cross_teacher.py).
     loader: (stream name, first step) -> batches; the streams are "labeled" and "unlabeled".
-    evaluate: (step) -> Evaluation. picture: (path, step) -> writes some, named after it, and tells which; called at the
-    end and, with ``images_folder`` or TensorBoard, at every validation. facts: which images are labeled; part of every
-    checkpoint, and must be the same on resume.
+    evaluate: (step, through what to take its batches) -> Evaluation. picture: (path, step) -> writes some, named after
+    it, and tells which; called at the end and, with ``images_folder`` or TensorBoard, at every validation. facts: which
+    images are labeled and unlabeled; part of every checkpoint, and must be the same on resume.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Trainer:
         run: Run,
         *,
         config: Config,
-        evaluate: Callable[[int], Evaluation],
+        evaluate: Callable[[int, Callable[[Iterable[Any]], Iterable[Any]]], Evaluation],
         picture: Callable[[Path, int], Sequence[Path]],
         facts: Mapping[str, str | int],
         images_folder: Path | None = None,
@@ -109,7 +109,8 @@ class Trainer:
                         logger.message(f"stopped by signal {self.stop_signal} after step {self.step}; {how}")
                         return None
                     asked = time.perf_counter()
-            evaluation = evaluation or self.evaluate(self.step)  # the latter when a finished run was resumed
+            if evaluation is None:  # a finished run was resumed
+                evaluation = self.evaluate(self.step, iter)
             self._write_results(evaluation)
             return evaluation
         except UserError as error:  # a damaged image: what was learned so far is kept
@@ -152,6 +153,8 @@ class Trainer:
             "best": self.best,
             "config": json.dumps(dump_config(self.config)),
             "facts": self.facts,
+            "origin": self.run.origin,
+            "bad_files": sorted(self.bad_files),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -198,12 +201,21 @@ class Trainer:
 
     def _validate(self, logger: RunLogger) -> Evaluation:
         with logger.aside():
-            evaluation = self.evaluate(self.step)
+            evaluation = self.evaluate(self.step, lambda batches: self._saved_if_told_to_stop(logger, batches))
             with _in_one_piece():
                 self._keep_best(logger, evaluation)
             if self.images_folder is not None:
                 logger.pictures(self.step, self.picture(self.images_folder / f"step_{self.step:06d}.png", self.step))
         return evaluation
+
+    def _saved_if_told_to_stop(self, logger: RunLogger, batches: Iterable[Any]) -> Iterator[Any]:
+        """A validation's batches; whoever stops the run may not wait for the end of them."""
+        for batch in batches:
+            yield batch
+            if self.run.stop_signal and self.step_on_disk != self.step:
+                with _in_one_piece():
+                    self.save_last(together=False)
+                logger.message(f"told to stop: step {self.step} is saved, its validation is finished first")
 
     def _keep_best(self, logger: RunLogger, evaluation: Evaluation) -> None:
         """Log a validation; best_model.pth if none was better."""
@@ -236,10 +248,10 @@ class Trainer:
             raise CheckpointError(
                 f"{self.run.folder}: the checkpoint does not fit this model: {str(error)[:300]}"
             ) from None
-        if state["facts"] != self.facts:
-            raise CheckpointError(
-                f"{self.run.folder}: trained with other labeled images ({state['facts']}, now {self.facts})"
-            )
+        untold = {"unlabeled hash"} - state["facts"].keys()  # older checkpoints
+        if state["facts"] != {key: fact for key, fact in self.facts.items() if key not in untold}:
+            raise CheckpointError(f"{self.run.folder}: trained with other images ({state['facts']}, now {self.facts})")
+        self.bad_files = set(state.get("bad_files", ()))
         self.step, self.best = state["step"], state["best"]
         self.must_validate = state.get("must_validate", False)
         now = {"threads": torch.get_num_threads(), "parts": self.here.size * self.config.training.accumulation}
@@ -255,7 +267,7 @@ class Trainer:
         new = {message for batch in batches for message in batch.bad} - self.bad_files
         self.bad_files |= new
         for message in sorted(new):
-            logger.message(f"skipped, another image in its place: {message}")
+            logger.message(f"skipped, another image in its place: {message}", of_all=True)
         limit = self.config.training.data.bad_sample_limit
         if len(self.bad_files) > limit:
             raise UserError(
