@@ -36,7 +36,7 @@ def main() -> int:
     palette, damaged = data.palette, []
     for photo in tqdm(photos, unit="image"):
         try:
-            image = read_image(photo.path)
+            image = read_image(photo.path, upright=True)
         except UserError as error:
             damaged.append(str(error))
             continue

@@ -52,6 +52,7 @@ def init(args: argparse.Namespace) -> int:
     shown = shlex.quote(str(output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output))
     print("\n".join([*found.notes, f"configuration       {shown}", ""]))
     print(f"check the data      python3 prepare_data.py check {shown}")
+    print(f"how long it takes   python3 {script} --config {shown} --name {name} --dry-run")
     print(f"train               python3 {script} --config {shown} --name {name}")
     return 0
 

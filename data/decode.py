@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.errors import UserError
 
@@ -12,12 +12,16 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 MAX_PIXELS = 100_000_000  # refused from the header: nobody labels such images, but a small file can claim to be one
 
 
-def read_image(path: Path) -> np.ndarray:
-    """(H,W,3) uint8 RGB. Raises UserError with the path when the file is missing or damaged."""
+def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
+    """(H,W,3) uint8 RGB. Raises UserError with the path when the file is missing or damaged.
+
+    upright: turned as its EXIF orientation says, as viewers show it, not as it is stored, which label maps fit.
+    """
     with _open(path) as image:  # of a file of several, the first
         if image.mode.startswith(("I", "F")):  # clipped, every value above 255 would be white
             raise UserError(f"{path}: an image of mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
-        return np.array(_decode(image, path, "RGB"))
+        decoded = _decode(image, path, "RGB")
+        return np.array(ImageOps.exif_transpose(decoded) if upright else decoded)
 
 
 def read_label(path: Path) -> np.ndarray:

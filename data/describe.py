@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from data.decode import IMAGE_ENDINGS, image_size, read_label
 from data.report import spans_text
-from data.splits import count_of, draw_order, hash_of, parse_amount, write_ids
+from data.splits import count_of, draw_order, hash_of, import_ids, line_reader, parse_amount, write_ids
 from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 LARGEST_CROP = 321  # the release's, for VOC
 NAME_FILES = ("classes.json", "classes.txt", "labels.txt", "names.txt")
 ROLES = ("unlabeled", "labeled", "train", "val", "test")  # "unlabeled" first: it contains "labeled"
+SPELLINGS = {"val": ("valid", "validation"), "unlabeled": ("unlabelled",), "labeled": ("labelled",)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Description:
         """Write the lists that the folder lacked. UserError where others are in their place."""
         for path, ids in self.lists.items():
             about = {"of": self.values["dataset"]["name"], "seed": self.seed, "images": len(ids)}
-            write_ids(path, ids, about=about)
+            write_ids(path, ids, about=about, cure="another --name")
 
 
 def describe(
@@ -225,15 +226,32 @@ def _why_no_pairs(root: Path, photos: dict[Place, list[str]], masks: dict[Place,
     if not count(photos):
         return f"{root}: no photographs ({', '.join(IMAGE_ENDINGS)}) below this folder"
     if not count(masks):
+        colored = _colored(root, photos)
         return (
             f"{root}: {count(photos)} images, but no label maps: 8-bit gray or palette PNGs of class ids. "
-            "Colored (RGB), 16-bit, JPEG or TIFF ones must be converted to class ids first; beside PNG images they "
-            "need a folder of their own"
+            f"{f'Are these some? {colored}. ' if colored else ''}Colored (RGB), 16-bit, JPEG or TIFF ones must be "
+            "converted to class ids first, as docs/datasets.md shows; beside PNG images they need a folder of their own"
         )
     return (
         f"{root}: {count(photos)} photographs and {count(masks)} label maps, but no names that agree. Expected for "
         "example images/train/1.jpg with masks/train/1.png or 1_mask.png: one folder for images, one for label maps"
     )
+
+
+def _colored(root: Path, photos: dict[Place, list[str]]) -> str:
+    """What the PNGs of the folder that holds most of them are like, where other images are not PNGs."""
+    found = [(len(ids), folder) for (folder, ending), ids in photos.items() if ending.lower() == ".png" and folder]
+    if not found or all(ending.lower() == ".png" for _, ending in photos):
+        return ""
+    _, folder = max(found)
+    modes: dict[str, list[str]] = {}
+    for path in sorted((root / folder).rglob("*.png")):
+        try:
+            with Image.open(path, formats=("PNG",)) as image:
+                modes.setdefault(image.mode, []).append(path.relative_to(root).as_posix())
+        except (OSError, SyntaxError, ValueError):
+            modes.setdefault("damaged", []).append(path.relative_to(root).as_posix())
+    return "; ".join(f"{mode}: {len(names)} in {folder}, for example {names[0]}" for mode, names in modes.items())
 
 
 # ---------------------------------------------------------------------------------------------------- classes
@@ -245,13 +263,13 @@ def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: 
     with ThreadPoolExecutor() as pool:
         values = list(tqdm(pool.map(_values, paths), total=len(paths), unit="label map", disable=None))
     found = sorted(set().union(*(one for one in values if one is not None)))
-    damaged = sum(one is None for one in values)
+    damaged = [path for path, one in zip(paths, values, strict=True) if one is None]
     counts = Counter(value for one in values for value in one or ())
     stray = {value for value in found if counts[value] == 1} if len(paths) >= 10 else set()
     notes.append(
         f"ids in label maps    {spans_text(set(found))}"
         + (f"; in one of {len(paths)} alone, so perhaps stray: {spans_text(stray)}" if stray else "")
-        + (f"; {damaged} cannot be read" if damaged else "")
+        + (f"; {len(damaged)} cannot be read, for example {damaged[0].relative_to(root)}" if damaged else "")
     )
     given = _names_in_files(root)
     if given:
@@ -314,19 +332,21 @@ class _Lists:
         self.root, self.layout, self.folder = root, layout, folder
         self.notes, self.made, self.seed = description.notes, description.lists, description.seed
         self.known = set(layout.pairs) | set(layout.alone)
+        self.means = line_reader(sorted(self.known), pattern=layout.images)
+        self.read_as: dict[str, list[str]] = {}  # lists that name images, but not as ids
         self.found = self._find()
 
     def describe(self, block: dict[str, Any], labeled: str | None, val: str) -> None:
         """The keys train or labeled and unlabeled, val, and test of a dataset's block."""
         given = labeled if labeled and (self.root / labeled).is_file() else None
-        if given and (unknown := [one for one in self._ids(given) if one not in self.known]):
-            raise UserError(f"--labeled {given}: no image {self.layout.images.replace('{id}', unknown[0])}")
+        if given and not set(self._ids(given)) <= self.known:
+            self.read_as[given] = import_ids(self.root / given, sorted(self.known), pattern=self.layout.images)
         amount = parse_amount(labeled) if labeled and not given else None
         held_out: set[str] = set()
         for role in ("test", "val"):
             source = self._only(role)
             if source:
-                block[role] = source
+                block[role] = self._named(role, source)
                 self.notes.append(f"{role + ' list':<20}{source}: {len(self._ids(source))}")
                 held_out |= set(self._ids(source))
         if "val" not in block:
@@ -347,10 +367,11 @@ class _Lists:
         if given is not None:
             beside = str(PurePosixPath(given).with_name("unlabeled.txt"))
             taken = set(self._ids(given))
-            unlabeled = beside if beside in self.found["unlabeled"] else self._only("unlabeled")
-            unlabeled = unlabeled or self._make("unlabeled", [one for one in ids if one not in taken])
+            source = beside if beside in self.found["unlabeled"] else self._only("unlabeled")
+            others = [one for one in ids if one not in taken]
+            unlabeled = self._named("unlabeled", source) if source else self._make("unlabeled", others)
             self.notes.append(f"labeled images      {given}: {len(taken)}")
-            return {"labeled": given, "unlabeled": unlabeled}
+            return {"labeled": self._named("labeled", given), "unlabeled": unlabeled}
         without = set(self.layout.alone)
         with_mask, alone = [one for one in ids if one not in without], [one for one in ids if one in without]
         if alone and amount is None:
@@ -373,18 +394,38 @@ class _Lists:
         """role -> lists of this layout's ids below the root, shortest path first."""
         found: dict[str, list[str]] = {role: [] for role in ROLES}
         for path in sorted(self.root.rglob("*.txt"), key=lambda path: (len(path.parts), path)):
-            role = next((role for role in ROLES if role in path.stem.lower().replace("unlabelled", "unlabeled")), None)
+            role = next((role for role in ROLES if role in path.stem.lower().replace("labelled", "labeled")), None)
             source = path.relative_to(self.root).as_posix()
-            if role is not None and not any(part.startswith(".") for part in source.split("/")):
-                ids = self._ids(source)
-                if ids and set(ids) <= self.known:
-                    found[role].append(source)
+            if role is None or any(part.startswith(".") for part in source.split("/")):
+                continue
+            if self._names_images(source, is_meant=path.stem.lower() in (role, *SPELLINGS.get(role, ()))):
+                found[role].append(source)
         for role in ("train", "val", "test"):  # else folders of these names
             inside = [one for one in self.known if one.startswith(f"{role}/")]
             if inside and not found[role]:
                 depths = {one.count("/") for one in inside}
                 found[role] += [role + "/*" * depth for depth in depths if len(depths) == 1]
         return found
+
+    def _names_images(self, source: str, *, is_meant: bool) -> bool:
+        """Whether all lines of a file name images; UserError for a list that is meant to be one, but for some lines."""
+        lines = self._ids(source)
+        if not lines or set(lines) <= self.known:
+            return bool(lines)
+        ids = [one for line in lines if (one := self.means(line)) is not None]
+        if is_meant and len(set(ids)) == len(lines):
+            self.read_as[source] = ids
+            return True
+        lost = [line for line in lines if self.means(line) is None]
+        if is_meant and 2 * len(ids) >= len(lines):
+            wrong = f"{len(lost)} of {len(lines)} lines name no image, for example {lost[0]}" if lost else "doubled ids"
+            raise UserError(f"{self.root / source}: {wrong}; mend this list, or give it a name that says of no list")
+        self.notes.append(f"not used            {source}: {len(lost)} of {len(lines)} lines name no image")
+        return False
+
+    def _named(self, role: str, source: str) -> str:
+        """A list as the configuration names it: written anew where it names images not as ids."""
+        return self._make(role, self.read_as[source]) if source in self.read_as else source
 
     def _only(self, role: str) -> str | None:
         """The one list of a role, or the one whose name is just that; None where there is none or a choice."""
@@ -399,6 +440,8 @@ class _Lists:
         return chosen[0] if chosen else None
 
     def _ids(self, source: str) -> list[str]:
+        if source in self.read_as:
+            return self.read_as[source]
         if "*" in source:
             return sorted(one for one in self.known if one.startswith(source.split("*")[0]))
         path = self.root / source

@@ -36,8 +36,12 @@ def find_photos(source: Path, *, output: Path) -> list[Photo]:
         shown = [one for one in zip(paths, relative, strict=True) if not any(p.startswith(".") for p in one[1].parts)]
     elif source.suffix.lower() in IMAGE_ENDINGS:
         shown = [(source, PurePosixPath(source.name))]
-    else:
+    elif source.suffix.lower() in ("", ".txt", ".lst"):
         shown = _listed(source)
+    else:
+        raise UserError(
+            f"{source}: not a kind of file that is read; expected {', '.join(IMAGE_ENDINGS)}, a folder, or a .txt list"
+        )
     if not shown:
         raise UserError(f"{source}: no image here; expected {', '.join(IMAGE_ENDINGS)}")
     if missing := [str(path) for path, _ in shown if not path.is_file()]:

@@ -5,7 +5,7 @@ import io
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,7 +49,7 @@ def read_ids(path: Path) -> list[str]:
     return ids
 
 
-def write_ids(path: Path, ids: Sequence[str], *, about: Mapping[str, object]) -> bool:
+def write_ids(path: Path, ids: Sequence[str], *, about: Mapping[str, object], cure: str = "another --output") -> bool:
     """Write a list whose first line names ``about`` and the hash; False if the same ids are there already.
 
     Raises UserError when other ids are there: lists that results refer to are never overwritten.
@@ -57,7 +57,7 @@ def write_ids(path: Path, ids: Sequence[str], *, about: Mapping[str, object]) ->
     if path.exists():
         if read_ids(path) == list(ids):
             return False
-        raise UserError(f"{path}: is there already with other ids; remove it, or choose another --output")
+        raise UserError(f"{path}: is there already with other ids; remove it, or choose {cure}")
     header = ", ".join(f"{key} {value}" for key, value in {**about, "hash": hash_of(ids)}.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# {header}\n" + "".join(f"{identifier}\n" for identifier in ids), encoding="utf-8")
@@ -73,7 +73,7 @@ def parse_amount(text: str) -> Fraction | int:
         amount = Fraction(text)
     except (ValueError, ZeroDivisionError):
         amount = Fraction(0)
-    if amount <= 0 or (amount.denominator > 1 and amount > 1):
+    if amount <= 0 or (not text.strip().isdigit() and amount >= 1):
         raise UserError(
             f"{text!r}: expected a fraction such as 1/8 or 0.125, a count such as 100, or for init a list that exists"
         )
@@ -154,10 +154,11 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a list of indices")
 
 
-def import_ids(path: Path, known: Sequence[str], *, pattern: str) -> list[str]:
-    """The ids of a list as other code writes it: ids, or paths of images, with their label map's beside or not.
+def line_reader(known: Sequence[str], *, pattern: str) -> Callable[[str], str | None]:
+    """(line of a list as other code writes it) -> the id that it means, or None.
 
-    known: all ids of the dataset. pattern: its image paths with {id}. Raises UserError naming lines that mean none.
+    Lines are ids, or paths of images, with their label map's beside or not. known: all ids of the dataset. pattern: its
+    image paths with {id}.
     """
     before, after = pattern.split("{id}")
     is_known = set(known)
@@ -165,8 +166,7 @@ def import_ids(path: Path, known: Sequence[str], *, pattern: str) -> list[str]:
     for identifier in known:
         by_name.setdefault(PurePosixPath(identifier).name, []).append(identifier)
 
-    def meant(line: str) -> str | None:
-        first = re.split(r"[\s,;]+", line.strip())[0].lstrip("/")
+    def meant(first: str) -> str | None:
         place = first.rfind(before) if before else 0
         inner = first[place + len(before) :] if place >= 0 else first
         name = PurePosixPath(first).name.removesuffix(PurePosixPath(after).name)
@@ -177,8 +177,18 @@ def import_ids(path: Path, known: Sequence[str], *, pattern: str) -> list[str]:
         named = by_name.get(stem, []) or by_name.get(name, [])
         return named[0] if len(named) == 1 else None
 
+    def read(line: str) -> str | None:
+        whole = line.strip().lstrip("/")  # names may hold spaces
+        return whole if whole in is_known else meant(re.split(r"[\s,;]+", whole)[0]) or meant(whole)
+
+    return read
+
+
+def import_ids(path: Path, known: Sequence[str], *, pattern: str) -> list[str]:
+    """The ids of a list as other code writes it, see ``line_reader``. Raises UserError naming lines that mean none."""
+    read = line_reader(known, pattern=pattern)
     lines = [line for line in _lines(path) if line.strip() and not line.startswith("#")]
-    ids = [meant(line) for line in lines]
+    ids = [read(line) for line in lines]
     lost = [line.strip() for line, identifier in zip(lines, ids, strict=True) if identifier is None]
     if lost or not lines:
         if not lines:

@@ -151,13 +151,40 @@ def test_classes_from_ids(tmp_path: Path, values: tuple[int, ...], expected: dic
     assert {key: block[key] for key in ("names", "num_classes", "label_ids") if key in block} == expected
 
 
-def test_a_list_of_file_names_in_the_place_of_ids_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("line", ["a b/{}.jpg", "images/a b/{}.jpg", "images/a b/{}.jpg masks/a b/{}.png", "{}"])
+def test_lists_that_name_images_in_another_way_are_written_anew(tmp_path: Path, line: str):
+    root = tmp_path / "root"
     for index in range(10):
-        photo(tmp_path / f"root/images/{index}.jpg")
-        mask(tmp_path / f"root/masks/{index}.png", 0, 1)
-    (tmp_path / "root/mine.txt").write_text("1.jpg\n2.jpg\n")
-    with pytest.raises(UserError, match=r"--labeled mine\.txt: no image images/1\.jpg\.jpg"):
-        describe(tmp_path / "root", name="mine", lists=tmp_path / "lists", labeled="mine.txt")
+        photo(root / f"images/a b/{index}.jpg")
+        mask(root / f"masks/a b/{index}.png", 0, 1)
+    for name, indices in (("mine", (1, 2)), ("valid", (3, 4)), ("unlabelled", (5, 6))):
+        (root / f"{name}.txt").write_text("".join(line.replace("{}", str(index)) + "\n" for index in indices))
+    block, files, notes = described(root, labeled="mine.txt")
+    folder = tmp_path / "lists"
+    assert [block[role] for role in ("labeled", "unlabeled", "val")] == [
+        str(folder / f"{role}.txt") for role in ("labeled", "unlabeled", "val")
+    ]
+    assert files.ids("labeled") == ["a b/1", "a b/2"]
+    assert files.ids("val") == ["a b/3", "a b/4"]
+    assert files.ids("unlabeled") == ["a b/5", "a b/6"]
+    assert "val list            valid.txt: 2" in notes
+
+
+def test_a_list_with_a_wrong_line_is_never_passed_over(tmp_path: Path):
+    root = tmp_path / "root"
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        mask(root / f"masks/{name}.png", 0, 1)
+    (root / "test.txt").write_text("how to test\nthis\n")
+    _, _, notes = described(root)
+    assert "not used            test.txt: 2 of 2 lines name no image" in notes
+    shutil.rmtree(tmp_path / "lists")
+    (root / "val.txt").write_text("\n".join([*IDS[:2], "nobody"]))
+    with pytest.raises(UserError, match=r"val\.txt: 1 of 3 lines name no image, for example nobody; mend this list"):
+        described(root)
+    (root / "val.txt").write_text(f"{IDS[0]}.jpg\n{IDS[0]}\n")
+    with pytest.raises(UserError, match=r"val\.txt: doubled ids"):
+        described(root)
 
 
 def test_an_id_in_one_of_many_label_maps_is_told(tmp_path: Path):
@@ -273,7 +300,8 @@ def ignored(root: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (colored, r"48 images, but no label maps: .*Colored \(RGB\), 16-bit, JPEG or TIFF ones must be converted"),
+        (colored, r"48 images, but no label maps: .*Are these some\? RGB: 24 in masks, for example masks/"),
+        (colored, r"Colored \(RGB\), 16-bit, JPEG or TIFF ones must be converted"),
         (unrelated, "24 photographs and 24 label maps, but no names that agree"),
         (empty, "no photographs"),
         (ignored, "hold nothing but 255"),

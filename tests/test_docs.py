@@ -12,9 +12,11 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from data.decode import read_label
 from utils.cli import (
     comparison_parser,
     evaluation_parser,
@@ -142,6 +144,17 @@ def test_every_link_leads_somewhere(page: Path):
         assert path.exists(), target
         assert path.is_relative_to(PROJECT), target
         assert not anchor or anchor in anchors(path), target
+
+
+def test_the_lines_that_convert_colored_label_maps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (PROJECT / "docs/datasets.md").read_text()
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "colored" in block]
+    (tmp_path / "colored/a").mkdir(parents=True)
+    shown = np.array([[(0, 0, 0), (128, 64, 128)], [(0, 0, 142), (1, 2, 3)]], np.uint8)
+    Image.fromarray(shown).save(tmp_path / "colored/a/1.png")
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    assert read_label(tmp_path / "masks/a/1.png").tolist() == [[0, 1], [2, 255]]
 
 
 @pytest.mark.parametrize(("page", "words"), ALL_COMMANDS, ids=[" ".join(words)[:80] for _, words in ALL_COMMANDS])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.decode import read_image
 from data.photos import as_trained, find_photos, place_inside
 from model import CrossTeacher, build_networks, load_trained
 from tests.conftest import tiny_values
@@ -84,6 +85,7 @@ def test_of_listed_paths_that_lead_out_only_the_name_is_kept(tmp_path: Path):
         ("out", "is the folder of the photographs"),
         ("gone.jpg", "do not exist"),
         ("gone", "expected an image"),
+        ("clip.mp4", "not a kind of file that is read; expected .jpg, .*, a folder, or a .txt list"),
         ("l.txt", "x.jpg"),
     ],
 )
@@ -93,6 +95,19 @@ def test_inputs_that_are_nothing_are_refused(tmp_path: Path, source: str, messag
     (tmp_path / "l.txt").write_text("x.jpg\n")
     with pytest.raises(UserError, match=message):
         find_photos(tmp_path / source, output=tmp_path / "out")
+
+
+def test_photographs_are_turned_as_viewers_show_them_and_training_images_are_not(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").shape == (16, 32, 3)
+    upright = read_image(tmp_path / "a.jpg", upright=True)
+    assert upright.shape == (32, 16, 3)
+    assert upright[:15].min() > 250, "what was on the left is on top"
+    assert upright[17:].max() < 5
 
 
 def test_nothing_is_written_through_a_link_out_of_the_output(tmp_path: Path):

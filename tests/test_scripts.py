@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,26 @@ def test_a_resumed_run_does_not_need_the_weights_that_it_started_from(tmp_path: 
     again = run(SCRIPTS["DeepLab"], "--config", config, "--name", "tuned", "--resume", "auto")
     assert again.returncode == 0, again.stderr
     assert json.loads((folder / "result.json").read_text())["models"] == expected
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "told"),
+    [("ValueError('x')", 130, "interrupted\n"), ("KeyboardInterrupt", 130, "interrupted\n")],
+)
+def test_ctrl_c_within_an_import_is_no_mistake_of_ours(raised: str, status: int, told: str):
+    lines = f"""
+        import signal
+        from utils.errors import run_script
+        def main():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise {raised}
+        run_script(main)
+    """
+    code = textwrap.dedent(lines)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
+    assert (done.returncode, done.stderr) == (status, told)
 
 
 @pytest.mark.slow

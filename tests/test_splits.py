@@ -77,7 +77,7 @@ def test_amounts(text: str, of_hundred: int):
     assert count_of(parse_amount(text), 100) == of_hundred
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "3/2", "x", "1/0", "nan", ""])
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "3/2", "2/1", "2.0", "x", "1/0", "nan", ""])
 def test_amounts_that_mean_nothing_are_refused(text: str):
     with pytest.raises(UserError, match="expected a fraction such as 1/8"):
         parse_amount(text)
@@ -263,6 +263,13 @@ def test_a_list_is_found_below_the_project_too(files: Any, root: Path):
 def test_lines_of_other_lists_are_understood(tmp_path: Path, line: str):
     (tmp_path / "list.txt").write_text(f"# theirs\n{line}\npicture_1\n\n")
     assert import_ids(tmp_path / "list.txt", IDS, pattern="JPEGImages/{id}.jpg") == ["picture_3", "picture_1"]
+
+
+@pytest.mark.parametrize("line", ["North Road/001", "photos/North Road/001.jpg"])
+def test_names_may_hold_spaces(tmp_path: Path, line: str):
+    (tmp_path / "list.txt").write_text(line)
+    known = ["North Road/001", "North Road/002"]
+    assert import_ids(tmp_path / "list.txt", known, pattern="photos/{id}.jpg") == known[:1]
 
 
 def test_cityscapes_lists_of_other_code_are_understood(tmp_path: Path):

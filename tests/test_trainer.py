@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -309,6 +310,25 @@ def test_a_result_names_every_version_of_the_code_that_trained_it(config, monkey
     with pytest.warns(UserWarning, match="resumed with other code: results will name aaa, then bbb"):
         second = build(config(), resume="auto")
     assert second.run.origin == two
+
+
+def test_what_a_resume_does_is_said(config, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="utils.run")
+    first = build(config(), resume="auto")
+    assert re.fullmatch("no checkpoint of the name test in .*runs: a new run", caplog.messages[-1])
+    stop_after(first, 2)
+    build(config(), resume="auto")
+    assert caplog.messages[-1] == f"continues {first.run.folder}/checkpoint.pth, step 2"
+
+
+def test_a_picture_that_cannot_be_written_costs_nothing_of_what_was_learned(config):
+    trainer = build(config(utils__save_checkpoint_every=1000, utils__tensorboard=True))
+    trainer.picture = Mock(side_effect=OSError(2, "No such file or directory", "/gone/step_000004_student_0.png"))
+    with pytest.raises(OSError, match="No such file"):
+        trainer.fit()
+    saved = load_checkpoint(trainer.run.folder / "checkpoint.pth")
+    assert (saved["step"], saved["must_validate"]) == (trainer.step, False)
+    assert trainer.step < 8
 
 
 def test_a_log_that_cannot_be_shortened_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

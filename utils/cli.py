@@ -91,7 +91,7 @@ def evaluation_parser() -> argparse.ArgumentParser:
         help="which: student_0 student_1 teacher_0 teacher_1 ensemble, default all; the main one is the "
         "ensemble, or else the first in this order",
     )
-    add("--workers", type=int, metavar="N", help="processes that load images; default: the configuration's")
+    add("--workers", type=_workers, metavar="N", help="processes that load images; default: the configuration's")
     add(
         "--split",
         choices=("val", "test", "labeled", "unlabeled"),
@@ -383,6 +383,12 @@ def _scale(text: str) -> float:
     if not 0.1 <= scale <= 4:
         raise argparse.ArgumentTypeError(f"{text!r} is no factor from 0.1 to 4")
     return scale
+
+
+def _workers(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; 0 loads in the main one")
+    return int(text)
 
 
 def _device(text: str) -> str:

@@ -7,6 +7,7 @@ Everything else that is raised is a mistake of ours and keeps its traceback.
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -83,7 +84,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr) if first else None
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("model").setLevel(logging.INFO if first else logging.ERROR)
+    for name in ("model", "utils.run"):
+        logging.getLogger(name).setLevel(logging.INFO if first else logging.ERROR)
+    interrupted = _note_interrupt()
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -101,4 +104,23 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except Exception:
+        if not interrupted:  # within an import it can end as any other error
+            raise
+        print("interrupted", file=sys.stderr)
+        status = 130
     sys.exit(status)
+
+
+def _note_interrupt() -> list[int]:
+    """Not empty once Ctrl-C was pressed; the KeyboardInterrupt comes all the same."""
+    noted: list[int] = []
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
+        return noted
+
+    def note(number: int, _: object) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    return noted

@@ -3,6 +3,7 @@
 import datetime
 import fcntl
 import json
+import logging
 import os
 import platform
 import re
@@ -22,6 +23,8 @@ from utils.checkpoint import load_checkpoint, older_checkpoints, remove_leftover
 from utils.config import Config, different_keys, dump_config
 from utils.distributed import ALONE, World, from_first, ignores_hangup, part_size, world
 from utils.errors import CheckpointError, UserError
+
+logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 THEN = ", then "  # between the commits, versions or machines of a run that was continued
@@ -144,6 +147,8 @@ def _open_run(config: Config, where: torch.device, *, name: str, resume: str | N
     """The run, and the checkpoint that it continues from."""
     path = path_to_continue(config, name, resume)
     if path is None:
+        if resume == "auto":
+            logger.info("no checkpoint of the name %s in %s: a new run", name, config.utils.checkpoint_dir)
         folder = _new_folder(Path(config.utils.checkpoint_dir), name)
         (folder / "config.json").write_text(json.dumps(dump_config(config), indent=1) + "\n", encoding="utf-8")
         return Run(folder, where), None
@@ -152,6 +157,7 @@ def _open_run(config: Config, where: torch.device, *, name: str, resume: str | N
     found, checkpoint = named or _load(path, resume, config)
     run.continue_from(checkpoint)
     run.step_on_disk = checkpoint["step"] if found.name == "checkpoint.pth" else None
+    logger.info("continues %s, step %d", found, checkpoint["step"])
     return run, found
 
 

@@ -6,7 +6,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +113,22 @@ class Trainer:
                 evaluation = self.evaluate(self.step, iter)
             self._write_results(evaluation)
             return evaluation
-        except UserError as error:  # a damaged image: what was learned so far is kept
+        except (UserError, OSError) as error:  # a damaged image, a full disk: what was learned so far is kept
             if self.step and not isinstance(error, NonFiniteError | StorageError):
-                try:
-                    with loader_errors():
-                        self.save_last(together=False)
-                except LoaderError:  # torch may tell the same death twice
-                    self.save_last(together=False)
+                with suppress(StorageError) if isinstance(error, OSError) else nullcontext():
+                    self._save_after_failure()
             raise
         finally:
             logger.close()
             for loader in loaders:
                 getattr(loader, "close", lambda: None)()  # ends its processes now
+
+    def _save_after_failure(self) -> None:
+        try:
+            with loader_errors():
+                self.save_last(together=False)
+        except LoaderError:  # torch may tell the same death twice
+            self.save_last(together=False)
 
     def save_last(self, *, together: bool = True) -> None:
         """Write checkpoint.pth; the one before keeps its step in its name, and ``utils.keep_checkpoints`` are left.
