@@ -65,7 +65,8 @@ def test_a_kept_run_can_be_trained_again_and_says_what_it_is(run: Path):
 
 
 def test_the_named_recipe_is_what_its_study_trained():
-    run = next((PROJECT / "results/labels_1_8_best/full_CTT-seed=0").glob("*/config.json"))
+    job = "results/labels_1_8_best_6000/full_CTT-high_weight=0.02-low_weight=0.02-seed=0"
+    run = next((PROJECT / job).glob("*/config.json"))
     trained, recipe = load_config(run), load_config(PROJECT / "configs/configCamVid_best.json")
     for key in ("model", "backbone", "backbone_width", "feature_channels", "pretrained", "seed", "training"):
         assert getattr(trained, key) == getattr(recipe, key)
