@@ -1,5 +1,6 @@
 """Tiny networks, batches and configurations that the tests share."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,10 @@ import torch
 
 from utils.batch import Batch
 from utils.config import Config, check_config
+
+# Tests that are started in the background or with nohup: what they send is heard all the same.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CLASSES = 3
 
