@@ -299,3 +299,8 @@ def test_cityscapes_maps_the_nineteen_ids_of_its_label_files():
     assert by_name["road"] == 7
     assert by_name["person"] == 24
     assert by_name["bicycle"] == 33
+
+
+def test_class_names_given_twice_are_refused():
+    with pytest.raises(UserError, match="names has 'car' more than once; results are told by name"):
+        check_config(tiny_values(dataset__num_classes=3, dataset__names=["car", "road", "car"]), source="test")

@@ -32,6 +32,13 @@ def mask(path: Path, *values: int) -> None:
     Image.fromarray(label).save(path)
 
 
+def pairs(root: Path) -> None:
+    """Images and label maps of two classes for all IDS."""
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        mask(root / f"masks/{name}.png", 0, 1)
+
+
 def described(root: Path, **options: Any) -> tuple[dict[str, Any], DatasetFiles, str]:
     """The dataset's block, its files as a run will read them, and the notes."""
     found = describe(root, name="mine", lists=root.parent / "lists", **options)
@@ -97,9 +104,7 @@ def test_images_without_a_label_map_are_the_unlabeled_ones(tmp_path: Path):
 
 def test_lists_that_are_there_are_used(tmp_path: Path):
     root = tmp_path / "root"
-    for name in IDS:
-        photo(root / f"images/{name}.jpg")
-        mask(root / f"masks/{name}.png", 0, 1)
+    pairs(root)
     for name, ids in (("labeled", IDS[:4]), ("unlabeled", IDS[4:12]), ("val", IDS[12:18]), ("test", IDS[18:])):
         (root / f"lists/{name}.txt").parent.mkdir(exist_ok=True)
         (root / f"lists/{name}.txt").write_text("\n".join(ids))
@@ -114,9 +119,7 @@ def test_lists_that_are_there_are_used(tmp_path: Path):
 
 def test_of_several_lists_of_labeled_images_one_is_chosen_by_name_and_its_neighbour_with_it(tmp_path: Path):
     root = tmp_path / "root"
-    for name in IDS:
-        photo(root / f"images/{name}.jpg")
-        mask(root / f"masks/{name}.png", 0, 1)
+    pairs(root)
     for seed in (0, 1):
         folder = root / f"splits/seed{seed}"
         folder.mkdir(parents=True)
@@ -172,9 +175,7 @@ def test_lists_that_name_images_in_another_way_are_written_anew(tmp_path: Path, 
 
 def test_a_list_with_a_wrong_line_is_never_passed_over(tmp_path: Path):
     root = tmp_path / "root"
-    for name in IDS:
-        photo(root / f"images/{name}.jpg")
-        mask(root / f"masks/{name}.png", 0, 1)
+    pairs(root)
     (root / "test.txt").write_text("how to test\nthis\n")
     _, _, notes = described(root)
     assert "not used            test.txt: 2 of 2 lines name no image" in notes
@@ -317,9 +318,7 @@ def test_folders_that_cannot_be_described_say_why(tmp_path: Path, build: Any, me
 
 def test_running_it_twice_finds_its_own_lists(tmp_path: Path):
     root = tmp_path / "root"
-    for name in IDS:
-        photo(root / f"images/{name}.jpg")
-        mask(root / f"masks/{name}.png", 0, 1)
+    pairs(root)
     first = describe(root, name="mine", lists=tmp_path / "lists")
     first.write_lists()
     second = describe(root, name="mine", lists=tmp_path / "lists")

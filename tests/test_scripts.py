@@ -261,11 +261,8 @@ def test_a_resumed_run_does_not_need_the_weights_that_it_started_from(tmp_path: 
     assert json.loads((folder / "result.json").read_text())["models"] == expected
 
 
-@pytest.mark.parametrize(
-    ("raised", "status", "told"),
-    [("ValueError('x')", 130, "interrupted\n"), ("KeyboardInterrupt", 130, "interrupted\n")],
-)
-def test_ctrl_c_within_an_import_is_no_mistake_of_ours(raised: str, status: int, told: str):
+@pytest.mark.parametrize("raised", ["ValueError('x')", "KeyboardInterrupt"])
+def test_ctrl_c_within_an_import_is_no_mistake_of_ours(raised: str):
     lines = f"""
         import signal
         from utils.errors import run_script
@@ -278,7 +275,7 @@ def test_ctrl_c_within_an_import_is_no_mistake_of_ours(raised: str, status: int,
     """
     code = textwrap.dedent(lines)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
-    assert (done.returncode, done.stderr) == (status, told)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.slow
