@@ -22,7 +22,7 @@ from tests.conftest import tiny_values
 from tests.test_scripts import ENVIRONMENT, PROJECT, SCRIPTS, run, write_config
 from utils.checkpoint import load_checkpoint
 from utils.config import check_config
-from utils.distributed import ALONE, World, _without_gpus, launch, part_size
+from utils.distributed import ALONE, World, _without_gpus, launch, part_size, world
 from utils.errors import UserError
 from utils.logger import COSTS
 
@@ -58,6 +58,16 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 def test_the_command_of_a_process_is_that_of_all_without_the_number_of_gpus():
     given = ["a.py", "--gpus", "2", "-n", "x", "--gpus=4", "--set", "a=1"]
     assert _without_gpus(given) == ["a.py", "-n", "x", "--set", "a=1"]
+
+
+def test_a_part_of_torchrun_s_environment_is_refused(monkeypatch: pytest.MonkeyPatch):
+    for key in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="WORLD_SIZE 4, but not RANK, LOCAL_RANK, LOCAL_WORLD_SIZE"):
+        world()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert world() == ALONE
 
 
 @pytest.mark.parametrize(("hangup", "told"), [(signal.SIG_IGN, "SIGTERM,SIGINT,SIGQUIT"), (signal.SIG_DFL, None)])

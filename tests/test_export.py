@@ -336,6 +336,7 @@ def test_the_output_s_ending_says_the_format(tmp_path: Path):
         ("a.pt2", ["--format", "onnx"], "leave one out, or name the file .onnx"),
         ("a.onnx", ["--format", "both"], "a folder holds both"),
         ("file", [], "is a file; expected a folder"),
+        ("a.pth", [], r"a\.pth: expected a file name that ends in \.pt2 or \.onnx"),
     ):
         with pytest.raises(UserError, match=message):
             export_formats(asked("c.pth", tmp_path / output, *options))

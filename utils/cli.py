@@ -182,6 +182,11 @@ def export_formats(args: argparse.Namespace) -> list[str]:
     ending = _export_ending(args.output)
     if not ending and args.output.exists() and not args.output.is_dir():
         raise UserError(f"{args.output}: is a file; expected a folder, or a file name that ends in .pt2 or .onnx")
+    if not ending and re.fullmatch(r"\.[A-Za-z]\w*", args.output.suffix) and not args.output.is_dir():
+        raise UserError(
+            f"{args.output}: expected a file name that ends in .pt2 or .onnx, or a folder; for a folder of this name, "
+            "make it first"
+        )
     if ending and args.format not in (None, ending):
         need = "a folder holds both" if args.format == "both" else f"name the file .{args.format}"
         raise UserError(f"--format {args.format}: OUTPUT {args.output} ends in .{ending}; leave one out, or {need}")

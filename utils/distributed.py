@@ -46,7 +46,12 @@ ALONE = World()
 
 
 def world() -> World:
-    """From the environment that torchrun sets."""
+    """From the environment that torchrun sets; UserError where it holds only a part of that."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and (missing := [key for key in _KEYS if key not in os.environ]):
+        raise UserError(
+            f"the environment has WORLD_SIZE {os.environ['WORLD_SIZE']}, but not {', '.join(missing)}: start all "
+            "processes with torchrun, or unset WORLD_SIZE for a single one"
+        )
     return World(*(int(os.environ.get(key, str(alone))) for key, alone in zip(_KEYS, ALONE, strict=True)))
 
 
