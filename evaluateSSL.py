@@ -18,7 +18,7 @@ def main() -> int:
     from utils.evaluate import choose_models, evaluate, refuse_other_images
     from utils.inference import inference_for
     from utils.logger import print_result
-    from utils.run import choose_device, origin_of
+    from utils.run import check_output, choose_device, origin_of
     from utils.visualize import save_confusion, write_label
 
     device = choose_device("auto" if args.gpu is None else "cpu" if args.gpu == -1 else f"cuda:{args.gpu}")
@@ -31,12 +31,13 @@ def main() -> int:
     output = args.output or path.parent / evaluation_folder(args, path)
     if args.output is None:
         refuse_other_images(output, files.split_hash(args.split))
+    check_output(output)
     output.mkdir(parents=True, exist_ok=True)
 
     def save(identifier: str, prediction: Tensor) -> None:
         write_label(output / "images" / f"{identifier}.png", prediction.numpy(), config.data.palette)
 
-    about = {"protocol": args.protocol, **inference.about(), **origin_of(device), "checkpoint": str(path)}
+    about = {"protocol": args.protocol, **inference.about(), **origin_of(device, trained), "checkpoint": str(path)}
     evaluation = evaluate(
         {name: network.to(device) for name, network in networks.items()},
         tqdm(evaluation_loader(files, args.split, protocol=args.protocol), unit="batch"),

@@ -17,7 +17,6 @@ def main() -> int:
     from model.exported import describe
     from utils.checkpoint import resolve_checkpoint
     from utils.evaluate import choose_model
-    from utils.run import code_version
 
     require_formats(formats)
     picture = read_image(args.image) if args.image else draw_example(seed=0, split="val", index=0, size=(240, 321))[0]
@@ -28,7 +27,7 @@ def main() -> int:
     for network in networks.values():
         network.eval()
     normalizations = [network.normalization for network in chosen(networks, model)]
-    about = describe(config, model, normalizations, training=trained | {"commit": code_version()})
+    about = describe(config, model, normalizations, training=trained)
     targets = export_targets(args, formats, model)
     rows = write_and_compare(networks, targets, about=about, images=images)
     print(f"{model} of {path}, compared on {args.image or 'a drawn picture (of the demo dataset)'}, on the CPU:")

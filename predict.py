@@ -20,10 +20,11 @@ def main() -> int:
     from utils.checkpoint import resolve_checkpoint
     from utils.evaluate import choose_model
     from utils.inference import predict_photo, prediction_inference
-    from utils.run import choose_device
+    from utils.run import check_output, choose_device
     from utils.visualize import draw_overlay, write_label
 
     device = choose_device(wanted)
+    check_output(args.output)
     photos = find_photos(args.input, output=args.output)
     path = resolve_checkpoint(args.checkpoint)
     networks, data = load_for_prediction(path)

@@ -89,7 +89,7 @@ class TrainingCrops(Dataset[Batch | UserError]):
 
     def __init__(self, files: DatasetFiles, stream: str) -> None:
         self.files, self.stream = files, stream
-        self.ids = files.ids(stream)
+        self.ids = sorted(files.ids(stream))  # in whatever order a list has them, it is the same run
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self.resize = parse_size(files.block.resize) if files.block.resize else None
         data, config = files.config.training.data, files.config

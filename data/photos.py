@@ -23,15 +23,15 @@ def find_photos(source: Path, *, output: Path) -> list[Photo]:
     """An image, the images of a folder and all below it, or those that a text file names, one path a line.
 
     Paths in a text file are relative to its folder; of those that lead out of it, only the file's name is kept.
-    Images below ``output`` are an earlier run's and do not count. Raises UserError: nothing there, or two images that
-    would be written to the same place.
+    Images below ``output`` are an earlier run's and do not count, unless all are below it. Raises UserError: nothing
+    there, or two images that would be written to the same place.
     """
     if source.is_dir():
         if output.resolve() == source.resolve():
             raise UserError(f"{output}: is the folder of the photographs; choose another one for what is made of them")
-        below = output.resolve()
         paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
-        paths = [path for path in paths if not path.resolve().is_relative_to(below)]
+        if not source.resolve().is_relative_to(output.resolve()):
+            paths = [path for path in paths if not path.resolve().is_relative_to(output.resolve())]
         relative = [PurePosixPath(path.relative_to(source).as_posix()) for path in paths]
         shown = [one for one in zip(paths, relative, strict=True) if not any(p.startswith(".") for p in one[1].parts)]
     elif source.suffix.lower() in IMAGE_ENDINGS:
@@ -45,7 +45,10 @@ def find_photos(source: Path, *, output: Path) -> list[Photo]:
     if not shown:
         raise UserError(f"{source}: no image here; expected {', '.join(IMAGE_ENDINGS)}")
     if missing := [str(path) for path, _ in shown if not path.is_file()]:
-        raise UserError(f"{source}: {len(missing)} of {len(shown)} images do not exist, for example {missing[0]}")
+        ending = "" if Path(missing[0]).suffix else "; expected paths with their ending, not ids"
+        raise UserError(
+            f"{source}: {len(missing)} of {len(shown)} images do not exist, for example {missing[0]}{ending}"
+        )
     counts = Counter(name.with_suffix("") for _, name in shown)
     # a.jpg and a.png keep their endings: a.jpg.png, a.png.png
     photos = [

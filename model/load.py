@@ -18,7 +18,8 @@ from utils.errors import CheckpointError, UserError
 class Trained(NamedTuple):
     """networks: by name: student_0, teacher_1, ...; of a release's checkpoint student and teacher.
 
-    about: which training made them, for results.
+    about: which training made them, for results: its images, step and seed, and commit, torch and machine if they are
+        known.
     """
 
     networks: dict[str, SegmentationNetwork]
@@ -37,13 +38,16 @@ def load_trained(path: Path, *, overrides: Sequence[str] = ()) -> Trained:
     if is_release(state):
         return _load_release(state, path, overrides)
     state = check_format(state, path)
-    config = override_config(json.loads(state["config"]), overrides, source=str(path))
+    saved = json.loads(state["config"])
+    about = state["facts"] | {"step": state["step"], "seed": saved["seed"]} | state["origin"]
+    config = override_config(saved, overrides, source=str(path))
     method = CrossTeacher(build_networks(config), config, labeled_samples=1)
     try:
         method.load_state_dict(state["method"])
     except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path}: does not fit the model of its own configuration: {str(error)[:300]}") from None
-    return Trained(method.models(), config, state["facts"] | {"step": state["step"], "seed": config.seed})
+        why = f"its configuration with {', '.join(overrides)}" if overrides else "its own configuration"
+        raise CheckpointError(f"{path}: does not fit the model of {why}: {str(error)[:300]}") from None
+    return Trained(method.models(), config, about)
 
 
 def load_for_prediction(

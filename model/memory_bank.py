@@ -1,7 +1,7 @@
 """The memory banks (paper: section 3.3; METHOD 7)."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,6 @@ class MemoryBank(nn.Module):
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("born", torch.zeros(num_classes, size, dtype=torch.int64))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        state_dict.setdefault(f"{prefix}born", torch.zeros_like(self.born))  # a checkpoint from before it was noted
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
     @torch.no_grad()
     def add(
         self, features: Tensor, probabilities: Tensor, labels: Tensor, max_new: int, threshold: float = 0.95
@@ -73,13 +69,14 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def take(self, offers: Sequence[Candidates], max_new: int, *, step: int = 0, frozen: Tensor | None = None) -> None:
-        """Add each class's ``max_new`` surest candidates of all offers, as if they had come in one batch.
+        """Add each class's ``max_new`` surest candidates of all offers, at most K, as if they had come in one batch.
 
         step: of which they are. frozen: () bool on the device, where True the bank stays as it is.
         """
         size, dim = self.entries.shape[1:]
+        most = min(max_new, size)  # of more, the first to go would be the surest
         score = torch.cat([offer.scores for offer in offers], dim=1)
-        score, order = (part[:, :max_new] for part in score.sort(dim=1, descending=True, stable=True))
+        score, order = (part[:, :most] for part in score.sort(dim=1, descending=True, stable=True))
         new = torch.cat([offer.features for offer in offers], dim=1)
         new = new.gather(1, order[..., None].expand(-1, -1, dim))  # (C,m,D)
         seen = torch.stack([offer.seen for offer in offers]).any(dim=0)

@@ -148,6 +148,8 @@ def load_pretrained(
     logger.info("%s: %s", role, summary)
     if lacking:
         logger.warning("%s: %d tensors stay random: %s", role, len(lacking), _shorten(lacking))
+    if others := list(report.unexpected):
+        logger.info("%s: %d tensors of %s have no place here: %s", role, len(others), path.name, _shorten(others))
     return report
 
 

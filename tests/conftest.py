@@ -17,6 +17,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 CLASSES = 3
 
 
+def tiny_records(**records: Any) -> dict[str, Any]:
+    """What a checkpoint holds, nothing learned; ``records`` are put in the place of these."""
+    origin = {"commit": "0123456789ab", "torch": "2.14.1", "machine": "a CPU, 1 threads"}
+    empty = {"facts": {}, "bad_files": [], "method": {}, "optimizer": {}, "scaler": {}, "must_validate": False}
+    return {"step": 3, "best": {}, "config": "{}", "origin": origin, **empty, "threads": 1, "parts": 1, **records}
+
+
 def tiny_values(**changes: Any) -> dict[str, Any]:
     """The JSON values of a run on a small network; ``changes`` are dotted keys with __ for the dots."""
     values: dict[str, Any] = {

@@ -25,7 +25,7 @@ import torch
 
 from data.demo import make_demo_dataset
 from data.loaders import EvaluationImages, TrainingCrops
-from tests.conftest import tiny_values
+from tests.conftest import tiny_records, tiny_values
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import CheckpointError
 from utils.logger import COSTS
@@ -363,20 +363,18 @@ def random_kill(rng: random.Random) -> Fault:
 def tiny_state() -> dict[str, Any]:
     """What a checkpoint holds, small: tensors of several kinds, numbers, text, nested containers."""
     generator = torch.Generator().manual_seed(0)
-    return {
-        "step": 3,
-        "best": {"mean_iou": 0.5, "step": 2},
-        "config": json.dumps(tiny_values()),
-        "facts": {"labeled": 6, "labeled hash": "0123456789ab"},
-        "method": {
+    return tiny_records(
+        best={"mean_iou": 0.5, "step": 2},
+        config=json.dumps(tiny_values()),
+        facts={"labeled": 6, "labeled hash": "0123456789ab"},
+        method={
             "weight": torch.randn(40, 25, generator=generator),
             "count": torch.arange(7),
             "seen": torch.tensor([True, False]),
             "scalar": torch.tensor(3.5),
         },
-        "optimizer": {"state": {0: {"momentum_buffer": torch.randn(300, generator=generator)}}, "param_groups": []},
-        "threads": 1,
-    }
+        optimizer={"state": {0: {"momentum_buffer": torch.randn(300, generator=generator)}}, "param_groups": []},
+    )
 
 
 def corrupt(data: bytes, rng: random.Random) -> bytes:

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import tiny_records
 from utils.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
 from utils.errors import CheckpointError, StorageError
 
-STATE = {
-    **{"step": 3, "best": {"mean_iou": 0.5}, "config": "{}", "facts": {}, "optimizer": {}},
-    "method": {"weight": torch.arange(1000.0)},
-}
+STATE = tiny_records(method={"weight": torch.arange(1000.0)})
 
 
 def test_what_was_saved_comes_back(tmp_path: Path):
@@ -88,12 +86,15 @@ def test_a_malicious_file_is_refused_and_nothing_is_executed(tmp_path: Path):
 def test_other_files_are_named_for_what_they_are_not(tmp_path: Path):
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     torch.save({"format": "cross-teacher-training", "version": 99}, tmp_path / "future.pth")
+    then = {"format": "cross-teacher-training", "version": 2, "origin": {"commit": "0123456789ab"}}
+    torch.save(then, tmp_path / "past.pth")
     save_checkpoint(tmp_path / "part.pth", {"step": 3, "method": {}, "optimizer": {}})
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", bytes(10**6))
     for name, message in (
         ("other.pth", "not a checkpoint of this project"),
         ("future.pth", "format version 99"),
+        ("past.pth", "format version 2, .* at commit 0123456789ab reads it"),
         ("bomb.pth", "compressed"),
         ("part.pth", "without best, config, facts"),
         ("absent.pth", "no such checkpoint"),

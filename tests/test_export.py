@@ -20,7 +20,7 @@ from model import CrossTeacher, build_network, build_networks, load_for_predicti
 from model.export import LIMIT, Comparison, comparison_table, make_program, pictures_to_compare, write_and_compare
 from model.exported import describe, load_onnx, require_packages
 from model.network import SegmentationNetwork
-from tests.conftest import tiny_values
+from tests.conftest import tiny_records, tiny_values
 from tests.test_scripts import run
 from utils.checkpoint import save_checkpoint
 from utils.cli import export_formats, export_parser, export_targets, prediction_device, prediction_parser
@@ -49,8 +49,8 @@ def make_checkpoint(path: Path, network: str, **dataset: Any) -> Path:
         one.normalization.set_preset(preset)
         one.head.classifier.weight.data.mul_(100 if network == "DeepLab" else 1)
     method = CrossTeacher(networks, config, labeled_samples=1)
-    state = {"step": 3, "best": {}, "facts": {"labeled": 6}, "method": method.state_dict(), "optimizer": {}}
-    save_checkpoint(path, state | {"config": json.dumps(dump_config(config))})
+    config_text = json.dumps(dump_config(config))
+    save_checkpoint(path, tiny_records(facts={"labeled": 6}, method=method.state_dict(), config=config_text))
     return path
 
 

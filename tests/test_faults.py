@@ -26,7 +26,7 @@ from tests import faults
 from tests.faults import SAVE_EVERY, Fault, Training, differences, ended, learned, results_differ, write_config
 from tests.test_trainer import build, stop_after
 from utils.batch import Batch
-from utils.checkpoint import load_checkpoint, older_checkpoints
+from utils.checkpoint import BEST, load_checkpoint, older_checkpoints
 from utils.config import Config, load_config
 from utils.errors import CheckpointError, NonFiniteError, StorageError, UserError
 from utils.run import STOP_SIGNALS
@@ -82,7 +82,7 @@ def test_a_damaged_newest_checkpoint_costs_one_interval_and_one_warning_not_the_
         second = build(config(), resume="auto")
     messages = [str(one.message) for one in seen if issubclass(one.category, UserWarning)]
     assert len(messages) == 1
-    assert re.search(r"checkpoint\.pth: .*Continuing from the older .*checkpoint_0000004\.pth of step 4", messages[0])
+    assert re.search(r"checkpoint\.pth: .*Continuing from .*checkpoint_0000004\.pth of step 4", messages[0])
     assert (second.step, second.run.folder) == (4, first.run.folder)
     second.fit()
     assert results_differ(second.run.folder, undisturbed) == []
@@ -98,12 +98,36 @@ def test_a_checkpoint_named_by_path_is_never_replaced_by_another_one_in_silence(
         with pytest.raises(CheckpointError, match=r"checkpoint\.pth: record .* is damaged; use another"):
             build(config(utils__keep_checkpoints=3), resume=str(named))
     assert build(config(utils__keep_checkpoints=3), resume=str(older_checkpoints(last)[1])).step == 4
-    for older in older_checkpoints(last):
+    for older in (*older_checkpoints(last), last.with_name(BEST)):
         spoil(older)
     with pytest.raises(CheckpointError) as error:
         build(config(utils__keep_checkpoints=3), resume="auto")
     for name in ("checkpoint.pth", "checkpoint_0000006.pth", "checkpoint_0000004.pth", "start anew"):
         assert name in str(error.value), "each damaged file is named"
+
+
+def test_a_run_that_has_nothing_but_its_best_model_goes_on_from_it(config, undisturbed: Path):
+    first = build(config())
+    stop_after(first, 6)
+    best = first.run.folder / BEST
+    step = load_checkpoint(best)["step"]
+    for path in first.run.folder.glob("checkpoint*.pth"):
+        path.unlink()
+    with pytest.warns(UserWarning, match=rf"checkpoint\.pth: no such checkpoint\. .*{BEST} of step {step}"):
+        second = build(config(), resume="auto")
+    assert (second.step, second.run.folder) == (step, first.run.folder)
+    second.fit()
+    assert results_differ(second.run.folder, undisturbed) == []
+
+
+def test_files_of_others_beside_a_checkpoint_are_left_alone(config):
+    trainer = build(config())
+    stop_after(trainer, 2)
+    (theirs := trainer.run.folder / "thesis.tmp").touch()
+    (folder := trainer.run.folder / "folder.tmp").mkdir()
+    (ours := trainer.run.folder / "checkpoint.pth.tmp").touch()
+    assert build(config(), resume=str(trainer.run.folder)).step == 2
+    assert (theirs.exists(), folder.exists(), ours.exists()) == (True, True, False)
 
 
 # ------------------------------------------------------------------------------------------------ spoiled files
@@ -550,6 +574,21 @@ def test_a_full_disk_is_not_taken_for_damaged_images(config, data: Path, damaged
     for stream in ("labeled", "unlabeled"):
         with pytest.raises(StorageError, match="cannot write the cache"):
             list(training_loader(DatasetFiles(given), stream, start_step=0))
+
+
+def test_a_full_cache_costs_nothing_of_what_was_learned(config, monkeypatch: pytest.MonkeyPatch):
+    trainer = build(config())
+    train_one = trainer._train_one
+
+    def third_fails(*args: Any) -> None:
+        if trainer.step == 3:
+            raise StorageError("cannot write the cache")
+        train_one(*args)
+
+    monkeypatch.setattr(trainer, "_train_one", third_fails)
+    with pytest.raises(StorageError, match="cache"):
+        trainer.fit()
+    assert load_checkpoint(trainer.run.folder / "checkpoint.pth")["step"] == 3
 
 
 def test_more_damaged_files_than_allowed_stop_the_run_and_any_one_does_by_default(config, data: Path, damaged):

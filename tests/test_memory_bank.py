@@ -56,13 +56,11 @@ def test_the_oldest_entries_leave_first():
     assert bank.entries[0, :, 0].tolist() == [3, 4, 5]
 
 
-def test_more_new_pixels_than_slots_leave_a_full_bank_of_new_ones():
-    bank = MemoryBank(1, size=2, dim=1)
-    bank.add(
-        torch.arange(5.0).view(1, 1, 1, 5), torch.ones(1, 1, 1, 5), torch.zeros(1, 1, 5, dtype=torch.int64), max_new=4
-    )
-    assert bank.counts.tolist() == [2]
-    assert len(set(bank.entries[0, :, 0].tolist())) == 2
+def test_of_more_new_pixels_than_slots_the_surest_fill_the_bank():
+    bank = MemoryBank(2, size=2, dim=1)
+    bank.add(*pixels((1.0, 0.96, 0), (2.0, 0.99, 0), (3.0, 0.98, 0), (4.0, 0.97, 0)), max_new=4)
+    assert bank.counts.tolist() == [2, 0]
+    assert set(bank.entries[0, :, 0].tolist()) == {2.0, 3.0}
 
 
 def test_a_class_never_seen_does_not_hold_back_the_start_but_one_seen_does():

@@ -12,11 +12,11 @@ from PIL import Image
 from data.decode import read_image
 from data.photos import as_trained, find_photos, place_inside
 from model import CrossTeacher, build_networks, load_trained
-from tests.conftest import tiny_values
+from tests.conftest import tiny_records, tiny_values
 from tests.test_scripts import run
 from utils.checkpoint import save_checkpoint
 from utils.config import CITYSCAPES_IDS, check_config, dump_config
-from utils.errors import UserError
+from utils.errors import CheckpointError, UserError
 from utils.inference import AT_ONCE, Inference, predict_photo, prediction_inference
 from utils.visualize import draw_overlay
 
@@ -42,8 +42,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = check_config(tiny_values(dataset=dataset), source="test")
     method = CrossTeacher(build_networks(config), config, labeled_samples=1)
     path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
-    state = {"step": 3, "best": {}, "facts": {}, "method": method.state_dict(), "optimizer": {}}
-    save_checkpoint(path, state | {"config": json.dumps(dump_config(config))})
+    records = tiny_records(method=method.state_dict(), config=json.dumps(dump_config(config)))
+    save_checkpoint(path, records)
     return path
 
 
@@ -58,6 +58,7 @@ def test_an_image_a_folder_and_a_list(tmp_path: Path):
     assert [photo.name for photo in find_photos(tmp_path / "a.jpg", output=out)] == ["a"]
     assert [photo.name for photo in find_photos(tmp_path, output=out)] == ["a", "b/c", "b/d"]
     assert [photo.name for photo in find_photos(tmp_path / "notes.txt", output=out)] == ["b/c", "a"]
+    assert [photo.name for photo in find_photos(tmp_path / "b", output=tmp_path)] == ["c", "d"], "output above them"
 
 
 def test_two_images_of_one_name_keep_their_endings(tmp_path: Path):
@@ -132,6 +133,14 @@ def test_photographs_are_shown_as_large_as_in_training_in_their_own_proportions(
 ):
     assert as_trained(np.zeros((*size, 3), np.uint8), "512,1024").shape == (*seen, 3)
     assert as_trained(np.zeros((*size, 3), np.uint8), None).shape == (*size, 3)
+
+
+def test_a_trained_model_is_known_by_what_trained_it(checkpoint: Path):
+    trained = load_trained(checkpoint, overrides=["seed=99"])
+    assert trained.about == {"step": 3, "seed": 1, **tiny_records()["origin"]}
+    wrong = r"does not fit the model of its configuration with backbone_width=16"
+    with pytest.raises(CheckpointError, match=wrong):
+        load_trained(checkpoint, overrides=["backbone_width=16"])
 
 
 def test_the_default_is_the_ensemble_and_confidence_is_its_probability(checkpoint: Path):
@@ -260,8 +269,8 @@ def test_own_ids_are_written_where_asked(tmp_path: Path):
     dataset = {"root": "x", "train": "*", "num_classes": 19, "label_ids": CITYSCAPES_IDS}
     config = check_config(tiny_values(dataset=dataset), source="test")
     method = CrossTeacher(build_networks(config), config, labeled_samples=1)
-    state = {"step": 3, "best": {}, "facts": {}, "method": method.state_dict(), "optimizer": {}}
-    save_checkpoint(tmp_path / "c.pth", state | {"config": json.dumps(dump_config(config))})
+    records = tiny_records(method=method.state_dict(), config=json.dumps(dump_config(config)))
+    save_checkpoint(tmp_path / "c.pth", records)
     photo = image(tmp_path / "a.jpg")
     for folder, arguments in (("classes", []), ("ids", ["--label-ids"])):
         assert run("predict.py", tmp_path / "c.pth", photo, tmp_path / folder, *arguments).returncode == 0

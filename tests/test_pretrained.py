@@ -116,7 +116,10 @@ def test_deep_stem_backbone_loads_whole(tmp_path: Path) -> None:
     assert torch.equal(network.backbone.conv1[3].weight, source["conv1.3.weight"])
 
 
-def test_coco_weights_bring_caffe_conventions_and_leave_the_head(resnet18: dict[str, Tensor], tmp_path: Path) -> None:
+def test_coco_weights_bring_caffe_conventions_and_leave_the_head(
+    resnet18: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="model")
     coco = {
         f"Scale.{name}": value
         for name, value in resnet18.items()
@@ -128,6 +131,7 @@ def test_coco_weights_bring_caffe_conventions_and_leave_the_head(resnet18: dict[
     network.backbone.set_stride_place("conv2")
     report = load_pretrained(network, tmp_path / "coco.pth", peer=0)
     assert report.unexpected == ("layer5.conv2d_list.0.weight",)
+    assert "1 tensors of coco.pth have no place here: layer5.conv2d_list.0.weight" in caplog.text
     assert not report.missing
     assert network.normalization.bgr
     assert network.backbone.stride_place == "conv1"

@@ -15,7 +15,7 @@ from torch import Tensor
 from model import build_network, build_students, load_trained
 from model.network import SegmentationNetwork
 from model.pretrained import load_pretrained, load_release_weights
-from tests.conftest import tiny_values
+from tests.conftest import tiny_records, tiny_values
 from tests.test_networks import golden_weights
 from tests.test_scripts import run
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -221,8 +221,7 @@ def test_a_checkpoint_of_ours_gives_each_student_its_own_weights(tmp_path: Path)
     method = CrossTeacher(build_networks(config), config, labeled_samples=1)
     for student in method.students:
         student.normalization.set_preset("coco")
-    state = {"step": 3, "best": {}, "config": "{}", "facts": {}, "method": method.state_dict(), "optimizer": {}}
-    save_checkpoint(tmp_path / "ours.pth", state)
+    save_checkpoint(tmp_path / "ours.pth", tiny_records(method=method.state_dict()))
     again = build_students(check_config(tiny_values(pretrained=str(tmp_path / "ours.pth"), seed=7), source="test"))
     for network, student in zip(again, method.students, strict=True):
         assert all(torch.equal(value, student.state_dict()[name]) for name, value in network.state_dict().items())

@@ -19,6 +19,7 @@ import pytest
 
 from tests import faults
 from tests.conftest import tiny_values
+from utils.cli import ablation_parser
 from utils.config import dump_config, load_config
 from utils.errors import UserError
 from utils.study import PRESETS, SCRIPTS, Study, cells, plan_study, shown
@@ -208,6 +209,13 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 
 def test_the_script_only_wires():
     assert len((PROJECT / "ablate.py").read_text().splitlines()) <= 90
+
+
+@pytest.mark.parametrize("words", [["reprot", "runs/x"], ["reprot", "-n", "x"], ["-n", "x", "reprot"]])
+def test_a_word_that_is_no_command_is_named(words: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        ablation_parser(PRESETS, ()).parse_args(words)
+    assert "reprot: a command is report, keep or overview, and the first word" in capsys.readouterr().err
 
 
 def test_a_grid_is_the_product_of_its_values_and_commas_in_brackets_are_part_of_one():
@@ -672,10 +680,13 @@ def test_a_dry_run_estimates_and_writes_nothing(tmp_path: Path, stand_in: Path):
     assert output.count("--resume auto") == 4
 
 
-def test_a_dry_run_counts_only_what_is_not_done(tmp_path: Path, stand_in: Path):
+def test_a_dry_run_counts_only_what_is_not_done(tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch):
     study = plan_study(asked(write_config(tmp_path)))
     folder = make_run(study.jobs[0].folder / "11-22_10-00-run", 0.5)
     (folder / "config.json").write_text(json.dumps(dump_config(study.jobs[0].config)))
+    with pytest.raises(UserError, match="was computed by commit c0ffee, the code is"):
+        list(describe_plan(study, [None]))
+    monkeypatch.setattr("utils.study_run.code_version", lambda: "c0ffee")
     text = "\n".join(describe_plan(study, [None, None]))
     assert "seed 0: done" in text
     assert "seed 1: to do" in text
@@ -863,7 +874,7 @@ def test_a_kept_study_never_replaces_another(tmp_path: Path, stand_in: Path):
         keep_study(tmp_path / "runs/other", tmp_path / "kept")
     with pytest.raises(UserError, match="the study itself"):
         keep_study(tmp_path / "runs/study", tmp_path / "runs/study")
-    with pytest.raises(UserError, match="no study"):
+    with pytest.raises(UserError, match="the folder of 2 studies: other, study"):
         keep_study(tmp_path / "runs", tmp_path / "new")
     weights = tmp_path / "kept/seed=0/11-22_10-00-run/checkpoint.pth"
     weights.parent.mkdir()

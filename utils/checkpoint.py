@@ -14,9 +14,13 @@ import torch
 from utils.errors import CheckpointError, StorageError
 
 UNFINISHED = ".tmp"  # ending of a file that is being written
-FORMAT, VERSION = "cross-teacher-training", 2
+FORMAT, VERSION = "cross-teacher-training", 3
+BEST = "best_model.pth"
 SEAL = 8  # hexadecimal digits at the end of a file, its zip comment: the CRC of all bytes before
-RECORDS = ("step", "best", "config", "facts", "method", "optimizer")  # what a run needs to go on
+RECORDS = (  # what a run needs to go on
+    *("step", "best", "config", "facts", "origin", "bad_files", "method", "optimizer", "scaler", "must_validate"),
+    *("threads", "parts"),
+)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], *, keep_old_as: Path | None = None) -> None:
@@ -109,8 +113,8 @@ def older_checkpoints(path: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Files that a killed process did not finish writing."""
-    for path in folder.glob(f"*{UNFINISHED}"):
+    """Files that a killed process did not finish writing: checkpoints and the log. Others may lie there too."""
+    for path in (*folder.glob(f"*.pth{UNFINISHED}"), *folder.glob(f"log.jsonl{UNFINISHED}")):
         path.unlink(missing_ok=True)
 
 
@@ -158,7 +162,8 @@ def check_format(state: Any, path: Path) -> dict[str, Any]:
         )
     if state.get("version") != VERSION:
         raise CheckpointError(
-            f"{path}: checkpoint format version {state.get('version')}; this code reads version {VERSION}"
+            f"{path}: checkpoint format version {state.get('version')}, this code reads version {VERSION}; the project "
+            f"at commit {state.get('origin', {}).get('commit', '(of the run)')} reads it"
         )
     if not _is_sealed(path):
         raise CheckpointError(f"{path}: damaged, it is not byte for byte what was written; use another checkpoint")
@@ -179,7 +184,7 @@ def resolve_checkpoint(path: Path) -> Path:
     """A checkpoint file, or the best (else the last) one of a run folder."""
     if not path.is_dir():
         return path
-    found = [file for name in ("best_model.pth", "checkpoint.pth") if (file := path / name).is_file()]
+    found = [file for name in (BEST, "checkpoint.pth") if (file := path / name).is_file()]
     if not found:
         raise CheckpointError(f"{path}: neither best_model.pth nor checkpoint.pth in this folder; name a file")
     return found[0]

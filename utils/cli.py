@@ -217,6 +217,7 @@ def ablation_parser(presets: Iterable[str], splits: Sequence[str]) -> argparse.A
         "ablate.py keep STUDY (a copy without weights), ablate.py overview STUDY... (short tables)."
     )
     add = parser.add_argument
+    add("command", nargs="?", type=_misplaced, help=argparse.SUPPRESS)
     add("-c", "--config", type=Path, required=True, help="JSON file that all runs start from")
     add("-n", "--name", required=True, help="name of the study; everything goes to <checkpoint_dir>/<name>")
     add("--preset", choices=sorted(presets), help="rows that have names; paper: the ablation of the paper")
@@ -243,6 +244,10 @@ def ablation_parser(presets: Iterable[str], splits: Sequence[str]) -> argparse.A
     add("--devices", type=_device, nargs="+", metavar="cuda:N", help="one run at a time on each of these")
     add("--dry-run", action="store_true", help="print the runs, what is done, and an estimate of the hours; no more")
     return parser
+
+
+def _misplaced(word: str) -> str:
+    raise argparse.ArgumentTypeError(f"{word}: a command is report, keep or overview, and the first word")
 
 
 def comparison_parser() -> argparse.ArgumentParser:

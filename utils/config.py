@@ -518,7 +518,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); --config wants a JSON file such as configs/configVOC.json"
+            f"{path}: cannot be read ({error}); expected a JSON file such as configs/configVOC.json"
         ) from None
     return override_config(_parse_json(text, str(path)), overrides, source=str(path))
 
@@ -558,7 +558,7 @@ FREE_KEYS = (
         "training.checkpoint_activations",
         "training.data.hidden_labels",
         "training.data.timeout",
-        "training.data.bad_sample_limit",
+        "training.data.bad_sample",
         "training.data.cache",
     ),
     *("data_root", "dataset.root", "dataset.test", "dataset.palette"),

@@ -173,15 +173,15 @@ def part_size(config: Config, here: World) -> int:
 
 def parallel(method: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """What averages the gradients over the processes: ``method`` itself where there is one process."""
-    if not dist.is_initialized():
-        return method
     if config.training.use_sync_batchnorm:
-        if device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(method)
-        else:
+        if device.type != "cuda":
             warnings.warn(
                 "training.use_sync_batchnorm has no effect on a CPU: torch has it on GPUs alone", stacklevel=2
             )
+        elif dist.is_initialized():
+            nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    if not dist.is_initialized():
+        return method
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the option's new name is not known before torch 2.15
         return DistributedDataParallel(method, broadcast_buffers=False)

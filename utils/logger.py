@@ -23,17 +23,26 @@ COSTS = ("images_per_second", "seconds_per_step", "data_wait", "memory_gib")
 class RunLogger:
     """Logs of one run. ``first_step``: how many steps are done; what was logged of later ones is removed.
 
+    must_validate: the last of them will be validated again; what a first validation logged is removed too.
+
     silent: say and write nothing, as all processes of a run but the first.
     """
 
     def __init__(
-        self, folder: Path, *, first_step: int, total_steps: int, tensorboard: bool, silent: bool = False
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        tensorboard: bool,
+        must_validate: bool = False,
+        silent: bool = False,
     ) -> None:
         self.path, self.silent = folder / "log.jsonl", silent
         self._file: Any = None
         self.writer: Any = None
         if not silent:
-            self._drop_after(first_step)
+            self._drop_after(first_step, must_validate=must_validate)
             self._file = self.path.open("a", encoding="utf-8")
         if tensorboard and not silent:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -104,14 +113,16 @@ class RunLogger:
         if self.writer is not None:
             self.writer.close()
 
-    def _drop_after(self, done: int) -> None:
-        """Remove log lines of steps that will be done again; ``done``: the number of steps that will not."""
+    def _drop_after(self, done: int, *, must_validate: bool) -> None:
+        """Remove log lines of what will be done again; ``done``: the number of steps that will not."""
         if not self.path.exists():
             return
         kept, before = list[str](), self.path.read_text(encoding="utf-8")
         for line in before.splitlines():
             try:
-                kept += [line] * (json.loads(line)["step"] <= done)
+                values = json.loads(line)
+                again = must_validate and values["step"] == done and any(tag.startswith("val/") for tag in values)
+                kept += [line] * (values["step"] <= done and not again)
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut off by a kill
         after = "".join(line + "\n" for line in kept)

@@ -30,15 +30,16 @@ def rehearse(trainer: Trainer, *, images: int, evaluate_first: Callable[[int], E
     config, device = trainer.config, trainer.run.device
     total, unlabeled = config.training.num_iterations, config.training.unlabeled
     early = min(unlabeled.start_iteration, total) if unlabeled.train_unlabeled else 0
+    contrast = min(config.training.contrastive.contrast_start or 0, total) if trainer.method.uses_banks else 0
     kinds: dict[str, StepTime] = {}
-    if early:
-        kinds["supervised only"] = StepTime(_seconds(trainer, first=0), early)
-    if total > early:
-        for bank in trainer.method.banks:
-            bank.pretend_full()
-        trainer.method.banks_were_ready.fill_(True)
-        first = max(early, config.training.contrastive.contrast_start or 0)
-        kinds["all terms"] = StepTime(_seconds(trainer, first=min(first, total - 1)), total - early)
+    starts = {"supervised only": 0, "without contrast": early, "all terms": max(early, contrast)}
+    for (name, first), end in zip(starts.items(), [*list(starts.values())[1:], total], strict=True):
+        if end > first:
+            if name == "all terms":
+                for bank in trainer.method.banks:
+                    bank.pretend_full()
+                trainer.method.banks_were_ready.fill_(True)
+            kinds[name] = StepTime(_seconds(trainer, first=first), end - first)
     validation = _validation_seconds(images, evaluate_first)
     validations = -(-total // config.utils.val_per_iter)
     hours = (sum(kind.seconds * kind.steps for kind in kinds.values()) + validations * validation) / 3600

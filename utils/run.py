@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import load_checkpoint, older_checkpoints, remove_leftovers
+from utils.checkpoint import BEST, load_checkpoint, older_checkpoints, remove_leftovers
 from utils.config import Config, different_keys, dump_config
 from utils.distributed import ALONE, World, from_first, ignores_hangup, part_size, world
 from utils.errors import CheckpointError, UserError
@@ -54,9 +54,9 @@ class Run:
 
     def continue_from(self, checkpoint: dict[str, Any]) -> None:
         """Not from the start; a warning where other code began it."""
-        self.checkpoint, before = checkpoint, checkpoint.get("origin")  # none in older checkpoints
+        self.checkpoint, before = checkpoint, checkpoint["origin"]
         self.origin = origin_of(self.device, before)
-        if before is not None and before["commit"] != self.origin["commit"]:
+        if before["commit"] != self.origin["commit"]:
             warnings.warn(f"resumed with other code: results will name {self.origin['commit']}", stacklevel=4)
 
     @contextmanager
@@ -98,10 +98,16 @@ def check_request(
         )
     if resume not in (None, "auto") and not Path(resume).exists():
         raise CheckpointError(f"{resume}: no such checkpoint")
-    for folder in (Path(one) for one in folders if one is not None):
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise UserError(f"{folder}: nothing can be written there; {there} is no folder, or not yours to write to")
+    for folder in folders:
+        if folder is not None:
+            check_output(Path(folder))
+
+
+def check_output(folder: Path) -> None:
+    """UserError if a folder cannot be made or written to."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"{folder}: nothing can be written there; {there} is no folder, or not yours to write to")
 
 
 def start_run(
@@ -182,18 +188,17 @@ def make_deterministic() -> None:
 
 
 def _load_newest_good(path: Path) -> tuple[Path, dict[str, Any]]:
-    """A run's checkpoint, or the newest older one that is not damaged, with a warning."""
+    """A run's checkpoint, or the newest other one that is not damaged, with a warning; also its best one goes on."""
     damaged: list[str] = []
-    for candidate in (path, *older_checkpoints(path)):
+    others = [*older_checkpoints(path), *path.parent.glob(BEST)]
+    for candidate in (path, *sorted(others, key=lambda other: other.stat().st_mtime, reverse=True)):
         try:
             checkpoint = load_checkpoint(candidate)
         except CheckpointError as error:
             damaged.append(str(error))
             continue
         if damaged:
-            warnings.warn(
-                f"{damaged[0]}. Continuing from the older {candidate} of step {checkpoint['step']}", stacklevel=3
-            )
+            warnings.warn(f"{damaged[0]}. Continuing from {candidate} of step {checkpoint['step']}", stacklevel=3)
         return candidate, checkpoint
     raise CheckpointError("\n       ".join([*damaged, f"{path.parent}: no checkpoint to continue from; start anew"]))
 
@@ -226,7 +231,7 @@ def newest_checkpoint(config: Config, name: str) -> Path | None:
     """checkpoint.pth of that of this name's run folders in which a checkpoint was written last."""
     pattern = re.compile(rf"\d\d-\d\d_\d\d-\d\d-{re.escape(name)}(~\d+)?")  # ~: no name has it
     folders = [f for f in Path(config.utils.checkpoint_dir).glob("*") if pattern.fullmatch(f.name)]
-    found = [path for folder in folders for path in folder.glob("checkpoint*.pth")]
+    found = [path for folder in folders for name in ("checkpoint*.pth", BEST) for path in folder.glob(name)]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     return newest.parent / "checkpoint.pth" if newest is not None else None
 
@@ -262,7 +267,7 @@ def code_version() -> str:
 def origin_of(device: torch.device, before: Mapping[str, str] | None = None) -> dict[str, str]:
     """What a result names of what computed it: the project's commit, torch's version, and the machine.
 
-    before: the same of the checkpoint that the run continues from. What is another one now is named after it.
+    before: the same of the checkpoint that is continued or evaluated. What is another one now is named after it.
     """
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     now = {"commit": code_version(), "torch": str(torch.__version__), "machine": processor_name(device) + threads}

@@ -164,7 +164,9 @@ def results_of_study(folder: Path) -> Results:
     """Of every run that the study's last ``ablate.py`` planned, started or not, and of the others that are done."""
     planned = read_json(folder / "study.json")
     if planned is None:
-        raise UserError(f"{folder}: no study; its study.json is missing or damaged")
+        below = sorted(path.parent.name for path in folder.glob("*/study.json"))
+        what = f"the folder of {len(below)} studies: {', '.join(below)}" if below else "no study"
+        raise UserError(f"{folder}: {what}; expected a folder with an undamaged study.json")
     records = [_planned(folder / name, name) for name in planned["jobs"]]
     labels = sorted(dict.fromkeys(record.label for record in records), key=_place)
     return _results(planned["name"], planned["commands"], labels, records)

@@ -53,8 +53,7 @@ class Runner:
         everything: list[Job | Measurement] = [*self.study.jobs, *self.study.measurements]
         waiting = [job for job in everything if job.finished() is None]
         if waiting:
-            self._commit = code_version()
-            _refuse_other_commit(self.study, self._commit)
+            self._commit = refuse_other_commit(self.study)
         _write_plan(self.study)
         with self._noting_signals():
             while self._running or (waiting and self.stop_signal is None):
@@ -192,6 +191,8 @@ def describe_plan(study: Study, places: Sequence[str | None]) -> Iterator[str]:
     """The lines of ``--dry-run``: each run, and hours from a measured step of each row. Writes nothing."""
     done = {job: job.finished() is not None for job in study.jobs}
     left = sum(not is_done for is_done in done.values())
+    if left:
+        refuse_other_commit(study)
     yield f"{len(study.cells)} rows, {len(study.jobs)} runs of {steps_text(study)} steps, {left} to do; {study.folder}"
     hours, unknown, longest = 0.0, 0, 0.0
     for cell in study.cells:
@@ -291,8 +292,9 @@ def _lock(folder: Path) -> Any:
     return file
 
 
-def _refuse_other_commit(study: Study, now: str) -> None:
-    """UserError if what is done was computed by another version of the code: no table could hold both."""
+def refuse_other_commit(study: Study) -> str:
+    """The code's version; UserError if what is done was computed by another one: no table could hold both."""
+    now = code_version()
     for folder in [*(job.finished() for job in study.jobs), *finished_before(study).values()]:
         then = (read_json(folder / "result.json") or {}).get("commit", now) if folder is not None else now
         if then != now:
@@ -300,3 +302,4 @@ def _refuse_other_commit(study: Study, now: str) -> None:
                 f"{folder} was computed by commit {then}, the code is {now} now, and both cannot share a table; check "
                 f"out {then.rstrip('+')}, or choose another --name"
             )
+    return now

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.batch import Batch
-from utils.checkpoint import older_checkpoints, older_name, save_checkpoint
+from utils.checkpoint import BEST, older_checkpoints, older_name, save_checkpoint
 from utils.config import Config, dump_config
 from utils.distributed import ALONE, World, average_, parallel
 from utils.errors import CheckpointError, LoaderError, NonFiniteError, StorageError, UserError, loader_errors
@@ -83,6 +83,7 @@ class Trainer:
         logger = RunLogger(
             self.run.folder,
             first_step=self.step,
+            must_validate=self.must_validate,
             total_steps=total,
             tensorboard=self.config.utils.tensorboard,
             silent=not self.here.is_first,
@@ -114,8 +115,8 @@ class Trainer:
             self._write_results(evaluation)
             return evaluation
         except (UserError, OSError) as error:  # a damaged image, a full disk: what was learned so far is kept
-            if self.step and not isinstance(error, NonFiniteError | StorageError):
-                with suppress(StorageError) if isinstance(error, OSError) else nullcontext():
+            if self.step and not isinstance(error, NonFiniteError):  # full may be the cache's disk, not the run's
+                with suppress(StorageError) if isinstance(error, OSError | StorageError) else nullcontext():
                     self._save_after_failure()
             raise
         finally:
@@ -233,7 +234,7 @@ class Trainer:
         if score > self.best["mean_iou"]:
             self.best = {"mean_iou": score, "step": self.step}
             if self.config.utils.save_best_model:
-                self.save(self.run.folder / "best_model.pth")
+                self.save(self.run.folder / BEST)
 
     def _write_results(self, evaluation: Evaluation) -> None:
         if self.here.is_first:
@@ -244,22 +245,19 @@ class Trainer:
         try:
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
-            for group in self.optimizer.param_groups:  # older checkpoints say otherwise
-                group["fused"] = True  # what the guard needs to forbid an update
-            if self.scaler.is_enabled() and state.get("scaler"):
+            if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{self.run.folder}: the checkpoint does not fit this model: {str(error)[:300]}"
             ) from None
-        untold = {"unlabeled hash"} - state["facts"].keys()  # older checkpoints
-        if state["facts"] != {key: fact for key, fact in self.facts.items() if key not in untold}:
+        if state["facts"] != self.facts:
             raise CheckpointError(f"{self.run.folder}: trained with other images ({state['facts']}, now {self.facts})")
-        self.bad_files = set(state.get("bad_files", ()))
+        self.bad_files = set(state["bad_files"])
         self.step, self.best = state["step"], state["best"]
-        self.must_validate = state.get("must_validate", False)
+        self.must_validate = state["must_validate"]
         now = {"threads": torch.get_num_threads(), "parts": self.here.size * self.config.training.accumulation}
-        changed = [f"{key} {state[key]}, now {value}" for key, value in now.items() if state.get(key, value) != value]
+        changed = [f"{key} {state[key]}, now {value}" for key, value in now.items() if state[key] != value]
         if changed:
             warnings.warn(
                 f"resumed with other {'; '.join(changed)}: the same images in the same order, but not the same bits",
@@ -331,12 +329,13 @@ class Trainer:
         if failure is None:
             return
         self.step = failure.step
-        before = self.run.folder / "before_failure.pth"
-        self.save(before)
-        last = self.run.folder / "checkpoint.pth"
+        kept = "a dry run keeps nothing"
+        if self.run.scratch is None:
+            before, last = (self.run.folder / name for name in ("before_failure.pth", "checkpoint.pth"))
+            self.save(before)
+            kept = f"last checkpoint: {last if last.is_file() else 'none yet'}; the state before this step: {before}"
         raise NonFiniteError(
-            f"{failure.what} at step {self.step}; weights not updated. Last checkpoint: "
-            f"{last if last.is_file() else 'none yet'}; the state before this step: {before}. "
+            f"{failure.what} at step {self.step}; weights not updated; {kept}. "
             "A smaller training.learning_rate is the usual cure"
         )
 
