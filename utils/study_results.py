@@ -169,7 +169,7 @@ def results_of_study(folder: Path) -> Results:
         raise UserError(f"{folder}: {what}; expected a folder with an undamaged study.json")
     records = [_planned(folder / name, name) for name in planned["jobs"]]
     labels = sorted(dict.fromkeys(record.label for record in records), key=_place)
-    return _results(planned["name"], planned["commands"], labels, records)
+    return _results(folder.resolve().name, planned["commands"], labels, records)
 
 
 def _place(label: str) -> int:
