@@ -31,7 +31,7 @@ from utils.config import DATASETS, Config, DatasetConfig, Section, check_config,
 
 PROJECT = Path(__file__).parent.parent
 README = PROJECT / "README.md"
-PAGES = [README, *sorted((PROJECT / "docs").glob("*.md")), PROJECT / "results/README.md"]
+PAGES = [README, *sorted((PROJECT / "docs").glob("*.md")), *sorted((PROJECT / "results").glob("*.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MADE_BY_A_COMMAND = {"configs/roads.json", "runs/RUN/config.json"}  # which stands before the one that reads it

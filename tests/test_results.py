@@ -22,7 +22,8 @@ RUNS = [path.parent for study in STUDIES for path in sorted(study.glob("*/*/resu
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
 def test_the_pages_show_the_tables_that_the_files_give(study: Path):
     results = results_of_study(study)
-    assert overview(results) in (PROJECT / "results/README.md").read_text()
+    pages = [(PROJECT / page).read_text() for page in ("results/README.md", "results/history.md")]
+    assert [overview(results) in page for page in pages].count(True) == 1
     assert (study / "report.md").read_text() == as_markdown(results, draw_pictures(results))
 
 
@@ -36,7 +37,7 @@ def test_no_band_of_a_share_leaves_what_a_share_can_be():
     assert max(map(max, heights)) <= 1
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/history.md"])
 def test_a_page_shows_the_differences_that_its_command_prints(page: str):
     text = (PROJECT / page).read_text()
     (command,) = re.findall(r"^python3 ablate.py overview --differences (.+)$", text, re.MULTILINE)
