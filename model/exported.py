@@ -73,7 +73,10 @@ class Exported(Section):
 def describe(
     config: Config, model: str, normalizations: Sequence[InputNormalization], training: dict[str, Any]
 ) -> Exported:
-    """What an exported file says of itself. normalizations: of the networks that ``model`` is made of."""
+    """What an exported file says of itself. normalizations: of the networks that ``model`` is made of.
+
+    training: see ``Trained.about``; the machine and its torch are left out.
+    """
     data = config.data
     colors = torch.stack([_mean_color(one) for one in normalizations]).mean(dim=0)
     return Exported(
@@ -85,7 +88,7 @@ def describe(
         label_ids=data.label_ids,
         resize=data.resize,
         mean_color=colors.clamp(0, 1).tolist(),
-        training=training,
+        training={key: value for key, value in training.items() if key not in ("machine", "torch")},
     )
 
 
