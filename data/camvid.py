@@ -5,7 +5,7 @@ testannot, 11 where nothing is labeled.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -88,7 +88,7 @@ def _of_size(array: np.ndarray, path: Path) -> np.ndarray:
     return array
 
 
-def _write(image: Image.Image, path: Path, scratch: Path, **options: int) -> None:
+def _write(image: Image.Image, path: Path, scratch: Path, **options: Any) -> None:
     """Complete, or not at all."""
     image.save(scratch / path.name, **options)
     (scratch / path.name).replace(path)
