@@ -37,7 +37,13 @@ def test_no_band_of_a_share_leaves_what_a_share_can_be():
     assert max(map(max, heights)) <= 1
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/history.md"])
+def test_the_readme_shows_the_table_that_its_command_prints():
+    text = (PROJECT / "README.md").read_text()
+    (study,) = re.findall(r"^python3 ablate.py overview (results/\S+)$", text, re.MULTILINE)
+    assert overview(results_of_study(PROJECT / study)) in text
+
+
+@pytest.mark.parametrize("page", ["results/README.md", "results/history.md"])
 def test_a_page_shows_the_differences_that_its_command_prints(page: str):
     text = (PROJECT / page).read_text()
     (command,) = re.findall(r"^python3 ablate.py overview --differences (.+)$", text, re.MULTILINE)
