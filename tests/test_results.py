@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from benchmarks import near_far
 from utils.config import dump_config, load_config
+from utils.errors import UserError
 from utils.study import measured
 from utils.study_figures import _signals, draw_pictures
 from utils.study_report import as_markdown, differences, overview
@@ -78,3 +80,25 @@ def test_the_named_recipe_is_what_its_study_trained():
     for key in ("model", "backbone", "backbone_width", "feature_channels", "pretrained", "seed", "training"):
         assert getattr(trained, key) == getattr(recipe, key)
     assert trained.data.resize == recipe.data.resize
+
+
+def test_the_page_shows_the_table_of_near_and_far_images():
+    assert near_far.table(PROJECT / "results/near_far") in (PROJECT / "results/README.md").read_text()
+
+
+def test_near_is_measured_within_a_drive():
+    found = near_far.distances(["a_0030", "a_f0090p", "b_1000"], ["a_0060", "a_0200", "b_1030", "c_0030"])
+    assert list(found.values()) == [30, 110, 30, float("inf")]
+    with pytest.raises(UserError, match="expected DRIVE_NUMBER"):
+        near_far.distances(["a_1"], ["noise"])
+
+
+def test_the_table_compares_runs_of_one_seed(tmp_path: Path):
+    for name, score in (("supervised-seed=0", 0.5), ("supervised-seed=1", 0.6), ("cross_teacher-seed=1", 0.625)):
+        folder = tmp_path / "study" / f"{name}-far"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"models": {"ensemble": {"mean_iou": score}}}))
+    assert near_far.table(tmp_path).splitlines()[2:] == [
+        "| study | supervised | - | 55.0 |",
+        "| study | cross teacher | - | 62.5 (+2.5) |",
+    ]
