@@ -756,8 +756,8 @@ def test_other_rows_and_seeds_are_added_to_a_study_and_all_that_is_done_is_repor
         "'full CTT' --seeds 1",
         "'two mean teachers' --seeds 1",
     ]
-    keep_study(study.folder, tmp_path / "kept")
-    assert overview(results_of_study(tmp_path / "kept")) == overview(results)
+    keep_study(study.folder, tmp_path / "kept/study")
+    assert overview(results_of_study(tmp_path / "kept/study")) == overview(results)
 
     shutil.rmtree(study.folder / "full_CTT-seed=0/11-22_10-00-run")  # planned by another command, and not done
     Runner(study, [None], say=print).run()
@@ -843,10 +843,10 @@ def test_a_kept_study_tells_the_same_and_can_be_gone_on_with(tmp_path: Path, sta
     study = plan_study(asked(write_config(tmp_path), grid=TWO_ROWS, measure=["test"]))
     Runner(study, [None], say=print).run()
     shutil.rmtree(study.folder / "teacher=cross-seed=1/11-22_10-00-run")  # as if there had been no time for it
-    kept = keep_study(study.folder, tmp_path / "kept")
+    kept = keep_study(study.folder, tmp_path / "kept/study")
     assert as_markdown(kept, {}) == as_markdown(results_of_folders([study.folder], []), {})
     assert overview(kept) == overview(results_of_folders([study.folder], []))
-    assert {path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()} == {
+    assert {path.name for path in (tmp_path / "kept/study").rglob("*") if path.is_file()} == {
         "study.json",
         "job.json",
         "config.json",
@@ -855,9 +855,9 @@ def test_a_kept_study_tells_the_same_and_can_be_gone_on_with(tmp_path: Path, sta
         "report.md",
         *(f"{name}.png" for name in draw_pictures(kept)),
     }
-    keep_study(study.folder, tmp_path / "kept")  # once more
+    keep_study(study.folder, tmp_path / "kept/study")  # once more
     shutil.rmtree(study.folder)
-    shutil.copytree(tmp_path / "kept", study.folder)
+    shutil.copytree(tmp_path / "kept/study", study.folder)
     said: list[str] = []
     Runner(study, [None], say=said.append).run()
     assert [line for line in said if line.startswith("start")] == [
