@@ -55,6 +55,8 @@ def table(folder: Path) -> str:
         scores[path.parent.parent.name, match[1], match[3]][int(match[2])] = score
     lines = ["| study | setting | near, mIoU % | far, mIoU % |", "| --- | --- | --- | --- |"]
     rows = dict.fromkeys((study, row) for study, row, _ in scores)
+    if not rows:
+        raise UserError(f"{folder}: no evaluation here; expected STUDY/ROW-seed=0-near/result.json")
     for study, row in sorted(rows, key=lambda one: (one[0], one[1] != "supervised", one[1])):
         cells = []
         for place in ("near", "far"):

@@ -36,10 +36,12 @@ def prepare_camvid(source: Path, config: Config) -> list[str]:
 
     config: configs/configCamVid.json without its lists of labeled images, which are drawn here: 1/16, 1/8, 1/4, seed 0.
 
-    Raises DataError for a source that is not all of CamVid, before anything is written.
+    Raises DataError, before anything is written, for a source that is not all of CamVid, or a root that is a file.
     """
     pairs = {split: _pairs(source, split) for split in EXPECTED}
     root = Path(config.data.root)
+    if root.exists() and not root.is_dir():
+        raise DataError(f"{root} is a file; name a folder")
     images, labels, lists = (root / name for name in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"))
     for folder in (images, labels, lists):
         folder.mkdir(parents=True, exist_ok=True)

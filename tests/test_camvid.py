@@ -71,6 +71,12 @@ def test_what_is_not_all_of_camvid_is_refused_before_anything_is_written(source:
     assert not root.exists()
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(source: Path, tmp_path: Path):
+    (tmp_path / "voc").touch()
+    with pytest.raises(DataError, match="voc is a file; name a folder"):
+        prepare_camvid(source, config_for(tmp_path / "voc"))
+
+
 @pytest.mark.parametrize(
     ("ids", "message"), [(np.full(SIZE, 12), "label id 12; expected 0..10, 11"), (np.zeros((3, 4)), "4 x 3 pixels")]
 )

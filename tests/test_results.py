@@ -91,6 +91,8 @@ def test_near_is_measured_within_a_drive():
     assert list(found.values()) == [30, 110, 30, float("inf")]
     with pytest.raises(UserError, match="expected DRIVE_NUMBER"):
         near_far.distances(["a_1"], ["noise"])
+    with pytest.raises(UserError, match="no evaluation here"):
+        near_far.table(PROJECT / "nowhere")
 
 
 def test_the_table_compares_runs_of_one_seed(tmp_path: Path):
