@@ -5,7 +5,7 @@ testannot, 11 where nothing is labeled.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.datasets import DatasetFiles
 from data.decode import read_image, read_label
-from data.workspace import data_errors, workspace
+from data.workspace import complete, data_errors, workspace
 from data.write_splits import draw_splits
 from utils.config import Config
 from utils.errors import DataError
@@ -43,17 +43,19 @@ def prepare_camvid(source: Path, config: Config) -> list[str]:
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file; name a folder")
     images, labels, lists = (root / name for name in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"))
-    for folder in (images, labels, lists):
-        folder.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     with workspace(root) as scratch, data_errors():
         for pair in tqdm([one for split in pairs.values() for one in split], unit="image"):
             frame, label = images / f"{pair.frame.stem}.jpg", labels / f"{pair.frame.stem}.png"
             if not frame.is_file():
-                _write(Image.fromarray(_of_size(read_image(pair.frame), pair.frame)), frame, scratch, quality=QUALITY)
+                with complete(frame, scratch) as unfinished:
+                    Image.fromarray(_of_size(read_image(pair.frame), pair.frame)).save(unfinished, quality=QUALITY)
             if not label.is_file():
-                _write(Image.fromarray(_ids(pair.label)), label, scratch)
+                with complete(label, scratch) as unfinished:
+                    Image.fromarray(_ids(pair.label)).save(unfinished)
         for split, found in pairs.items():
-            (lists / f"{split}.txt").write_text("".join(f"{pair.frame.stem}\n" for pair in found), encoding="utf-8")
+            with complete(lists / f"{split}.txt", scratch) as unfinished:
+                unfinished.write_text("".join(f"{pair.frame.stem}\n" for pair in found), encoding="utf-8")
     counts = ", ".join(f"{split} {count} images" for split, count in EXPECTED.items())
     drawn = draw_splits(
         DatasetFiles(config), amounts=["1/16", "1/8", "1/4"], seeds=[0], cover=False, output=root / "splits"
@@ -88,9 +90,3 @@ def _of_size(array: np.ndarray, path: Path) -> np.ndarray:
         height, width = array.shape[:2]
         raise DataError(f"{path}: {width} x {height} pixels; expected {SIZE[1]} x {SIZE[0]}")
     return array
-
-
-def _write(image: Image.Image, path: Path, scratch: Path, **options: Any) -> None:
-    """Complete, or not at all."""
-    image.save(scratch / path.name, **options)
-    (scratch / path.name).replace(path)

@@ -16,7 +16,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from data.decode import image_size, read_image, read_label
 from data.transforms import resize
-from data.workspace import data_errors, workspace
+from data.workspace import complete, data_errors, workspace
 from utils.config import DATASETS, parse_size
 from utils.errors import DataError, UserError
 
@@ -201,10 +201,8 @@ def _resize_file(
                 "so it is not replaced: name another folder"
             )
         return False
-    unfinished = scratch / "-".join(target.parts[-4:])  # kind, split, city and name: no two are the same
-    Image.fromarray(resize(read(source), size)).save(unfinished, format="PNG")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(unfinished, target)
+    with complete(target, scratch) as unfinished:
+        Image.fromarray(resize(read(source), size)).save(unfinished)
     return True
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from data.decode import image_size, read_label
-from data.workspace import data_errors, workspace
+from data.workspace import complete, data_errors, workspace
 from utils.config import VOC_NAMES
 from utils.errors import DataError, StorageError
 from utils.visualize import write_label
@@ -97,7 +97,8 @@ def prepare_voc(root: Path) -> str:
             labels = f"{len(lists.from_sbd)} converted from SBD, {len(lists.from_voc)} copied from VOC"
         else:  # a run was killed between its last two renames, or somebody else put them there
             labels = "were there already, not checked again"
-        _write_atomically(root / _TRAIN_AUG, "".join(f"{name}\n" for name in lists.train_aug), scratch)
+        with complete(root / _TRAIN_AUG, scratch) as unfinished:
+            unfinished.write_text("".join(f"{name}\n" for name in lists.train_aug), encoding="utf-8")
     return (
         f"{root}: PASCAL VOC 2012 with SBD is ready ({counts})\n"
         f"label maps in {_LABELS}: {labels}\n"
@@ -127,7 +128,8 @@ def _provide_voc(root: Path, scratch: Path) -> None:
         source = _unpack(_provide_archive("voc", root, scratch), scratch / "voc", _VOC_INSIDE, _VOC_PARTS)
     for part in missing:
         if part not in _VOC_FOLDERS:
-            _write_atomically(root / part, (source / part).read_text(encoding="utf-8"), scratch)
+            with complete(root / part, scratch) as unfinished:
+                unfinished.write_bytes((source / part).read_bytes())
         elif (source / part).resolve().is_relative_to(root.resolve()):
             os.rename(source / part, root / part)
         else:  # perhaps shared with others: not ours to move
@@ -375,9 +377,3 @@ def _check_label(label: np.ndarray, source: Path, root: Path) -> None:
             f"{source}: label ids out of range: {', '.join(map(str, outside[:5]))}; "
             f"expected 0..{len(VOC_NAMES) - 1} or {_IGNORE_LABEL}, fetch the file again"
         )
-
-
-def _write_atomically(path: Path, text: str, scratch: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (scratch / path.name).write_text(text, encoding="utf-8")
-    os.replace(scratch / path.name, path)

@@ -33,6 +33,15 @@ def workspace(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def complete(path: Path, scratch: Path) -> Iterator[Path]:
+    """Where to write a file of the workspace's folder; it gets its name, and its folders, when all of it is there."""
+    unfinished = scratch / "-".join(path.relative_to(scratch.parent).parts)
+    yield unfinished
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.replace(path)
+
+
+@contextmanager
 def data_errors() -> Iterator[None]:
     """A damaged file of a dataset that is being prepared means: fetch it again, exit status 5."""
     try:
