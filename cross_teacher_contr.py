@@ -17,12 +17,15 @@ def main(network: str = "DeepLab") -> int:
     config = for_network(load_config(args.config, overrides=training_overrides(args)), network)
 
     # Only now what takes seconds to import: a wrong key or --help is answered at once.
-    from utils.distributed import launch, process_group, world
+    from data import DatasetFiles
+    from utils.distributed import launch, part_size, process_group, world
     from utils.run import check_request
 
     folders = [config.utils.checkpoint_dir, args.save_images]
     check_request(name=args.name, resume=args.resume, device=args.device, processes=args.gpus, folders=folders)
     if args.gpus > 1 and world().size == 1:
+        part_size(config, world()._replace(size=args.gpus))  # what is wrong here is said once, not by each process
+        DatasetFiles(config)
         return launch(args.gpus)
     with process_group(args.device, timeout=config.training.process_timeout) as here:
         return train(args, config, here)

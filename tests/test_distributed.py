@@ -199,6 +199,7 @@ def test_a_wrong_input_of_several_processes_is_one_message_with_its_status(tmp_p
         done = run(SCRIPTS["DeepLab"], "-c", config, "-n", "x", "--device", "cpu", "--gpus", 2, *arguments)
         assert done.returncode == status, done.stderr
         assert message in done.stderr
+        assert done.stderr.count(message) == 1, done.stderr
         assert "Traceback" not in done.stderr
 
 

@@ -28,7 +28,7 @@ from tests.test_trainer import build, stop_after
 from utils.batch import Batch
 from utils.checkpoint import BEST, load_checkpoint, older_checkpoints
 from utils.config import Config, load_config
-from utils.errors import CheckpointError, NonFiniteError, StorageError, UserError
+from utils.errors import CheckpointError, NonFiniteError, OutOfMemory, StorageError, UserError, run_script
 from utils.run import STOP_SIGNALS
 from utils.trainer import Trainer
 
@@ -97,7 +97,6 @@ def test_a_checkpoint_named_by_path_is_never_replaced_by_another_one_in_silence(
     for named in (last, trainer.run.folder):
         with pytest.raises(CheckpointError, match=r"checkpoint\.pth: record .* is damaged; use another"):
             build(config(utils__keep_checkpoints=3), resume=str(named))
-    assert build(config(utils__keep_checkpoints=3), resume=str(older_checkpoints(last)[1])).step == 4
     for older in (*older_checkpoints(last), last.with_name(BEST)):
         spoil(older)
     with pytest.raises(CheckpointError) as error:
@@ -106,18 +105,89 @@ def test_a_checkpoint_named_by_path_is_never_replaced_by_another_one_in_silence(
         assert name in str(error.value), "each damaged file is named"
 
 
-def test_a_run_that_has_nothing_but_its_best_model_goes_on_from_it(config, undisturbed: Path):
-    first = build(config())
+@pytest.mark.parametrize("how", ["auto", "folder"])
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_run_goes_on_from_its_best_model_where_nothing_later_is_there(
+    config, undisturbed: Path, how: str, is_alone: bool
+):
+    first = build(config(utils__keep_checkpoints=3))
     stop_after(first, 6)
-    best = first.run.folder / BEST
-    step = load_checkpoint(best)["step"]
-    for path in first.run.folder.glob("checkpoint*.pth"):
-        path.unlink()
-    with pytest.warns(UserWarning, match=rf"checkpoint\.pth: no such checkpoint\. .*{BEST} of step {step}"):
-        second = build(config(), resume="auto")
-    assert (second.step, second.run.folder) == (step, first.run.folder)
+    folder = first.run.folder
+    step = load_checkpoint(folder / BEST)["step"]
+    earlier = folder / "checkpoint_0000002.pth"
+    for path in folder.glob("checkpoint*.pth"):
+        if is_alone or path != earlier:
+            path.unlink()
+    if not is_alone:
+        earlier.rename(folder / "checkpoint.pth")  # as if killed before the next one was written
+        assert step > 2
+    second = build(config(utils__keep_checkpoints=3), resume="auto" if how == "auto" else str(folder))
+    assert (second.step, second.run.folder) == (step, folder)
     second.fit()
     assert results_differ(second.run.folder, undisturbed) == []
+
+
+def test_going_back_to_an_earlier_step_never_overwrites_what_was_learned_after_it(config, tmp_path: Path):
+    given = config(utils__keep_checkpoints=3)
+    first = build(given)
+    first.fit()
+    folder = first.run.folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    earlier = older_checkpoints(folder / "checkpoint.pth")[1]
+    with pytest.raises(CheckpointError, match=r"checkpoint_0000004\.pth: step 4, but checkpoint\.pth .* has step 8"):
+        build(given, resume=str(earlier))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    own = tmp_path / "back to 4"
+    own.mkdir()
+    copy = Path(shutil.copy(earlier, own))
+    second = build(given, resume=str(copy))
+    assert (second.step, second.run.folder) == (4, own)
+    assert load_config(own / "config.json").training == given.training, "the copy is a run like others"
+    assert second.run.resume == f"'{own}'", "which auto would not find"
+    second.fit()
+    assert differences(learned(own / "checkpoint.pth"), learned(folder / "checkpoint.pth")) == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_out_of_memory_costs_nothing_of_what_was_learned(config, error: Exception):
+    given = config(utils__save_checkpoint_every=1000)
+    trainer = build(given)
+    total_loss = trainer.method.total_loss
+
+    def fail_at_5(*args: Any, step: int) -> torch.Tensor:
+        if step == 5:
+            raise error
+        return total_loss(*args, step=step)
+
+    trainer.method.total_loss = fail_at_5
+    with pytest.raises(OutOfMemory, match=r"out of memory: .*training\.accumulation"):
+        trainer.fit()
+    assert load_checkpoint(trainer.run.folder / "checkpoint.pth")["step"] == 5
+    again = build(given, resume="auto")
+    again.fit()
+    expected = build(given, name="expected")
+    expected.fit()
+    paths = [one.run.folder / "checkpoint.pth" for one in (again, expected)]
+    assert differences(*map(learned, paths)) == [], "the step that failed left no trace"
+
+
+def test_memory_that_does_not_suffice_ends_in_one_message(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as status:
+        run_script(lambda: int(torch.empty(2**50).sum()))
+    assert status.value.code == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: out of memory: .*can't allocate memory.*training\.precision", line)
+
+
+def test_an_update_without_memory_is_not_saved(config):
+    trainer = build(config(utils__save_checkpoint_every=1000))
+    after_step = trainer.method.after_step
+    trainer.method.after_step = Mock(
+        side_effect=[None, None, None, RuntimeError("DefaultCPUAllocator: can't allocate memory")], wraps=after_step
+    )
+    with pytest.raises(OutOfMemory, match="can't allocate memory"):
+        trainer.fit()
+    assert not (trainer.run.folder / "checkpoint.pth").exists(), "students moved on, teachers did not"
 
 
 def test_files_of_others_beside_a_checkpoint_are_left_alone(config):

@@ -23,7 +23,7 @@ from utils.errors import CheckpointError, NonFiniteError, UserError
 from utils.evaluate import evaluate
 from utils.inference import Inference
 from utils.logger import COSTS, RunLogger
-from utils.run import STOP_SIGNALS, Run, newest_checkpoint, origin_of, start_run
+from utils.run import STOP_SIGNALS, Run, newest_folder, origin_of, start_run
 from utils.trainer import Trainer, build_optimizer
 from utils.visualize import save_pictures
 
@@ -208,15 +208,13 @@ def test_another_configuration_is_refused_with_the_keys_that_differ_and_a_free_o
 
 
 def test_auto_takes_the_newest_of_this_name_only_and_starts_fresh_without_one(config, tmp_path: Path):
-    assert newest_checkpoint(config(), "test") is None
+    assert newest_folder(config(), "test") is None
     folders = [tmp_path / "runs" / f"01-01_00-00-{name}" for name in ("test", "test~2", "test-2", "other")]
     for second, folder in enumerate(folders):
         folder.mkdir(parents=True)
         (folder / "checkpoint.pth").touch()
         os.utime(folder / "checkpoint.pth", (second, second))
-    found = newest_checkpoint(config(), "test")
-    assert found is not None
-    assert found.parent == folders[1]
+    assert newest_folder(config(), "test") == folders[1]
 
 
 def test_a_name_used_twice_in_a_minute_gets_a_folder_of_its_own(config):
@@ -346,6 +344,23 @@ def test_what_will_be_validated_again_is_not_logged_twice(tmp_path: Path):
         (tmp_path / "log.jsonl").write_text("".join(lines))
         RunLogger(tmp_path, first_step=4, total_steps=8, tensorboard=False, must_validate=again).close()
         assert (tmp_path / "log.jsonl").read_text() == "".join(kept)
+
+
+def test_a_validation_that_was_logged_just_before_a_kill_is_one_point_of_a_curve_and_so_is_its_step(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    how = {"total_steps": 8, "tensorboard": True}
+    killed = RunLogger(tmp_path, first_step=0, **how)
+    killed.scalars(3, {"supervised/0": 2.0})
+    killed.scalars(4, {"supervised/0": 1.0})
+    killed.scalars(4, {"val/ensemble": 0.5})
+    killed.close()
+    again = RunLogger(tmp_path, first_step=4, must_validate=True, **how)
+    again.scalars(4, {"val/ensemble": 0.5})
+    again.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert curves == {"supervised/0": [(3, 2.0), (4, 1.0)], "val/ensemble": [(4, 0.5)]}
 
 
 def test_resuming_a_finished_run_evaluates_and_logs_nothing_twice(config):

@@ -1,5 +1,6 @@
 """Checkpoints: one file with everything, written so that a crash never leaves half of one, read with suspicion."""
 
+import math
 import os
 import pickle
 import re
@@ -110,6 +111,25 @@ def older_checkpoints(path: Path) -> list[Path]:
     """The older ones that were kept beside ``path``, newest first."""
     found = path.parent.glob(f"{path.stem}_*{path.suffix}")
     return sorted((one for one in found if re.fullmatch(r"\d{7,}", one.stem.rpartition("_")[2])), reverse=True)
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Those that a run has written in its folder."""
+    last = folder / "checkpoint.pth"
+    return [*folder.glob(last.name), *older_checkpoints(last), *folder.glob(BEST)]
+
+
+def latest_first(folder: Path) -> list[Path]:
+    """A run's checkpoints by their steps; one whose step cannot be read comes before all others."""
+    return sorted(checkpoints_of(folder), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> float:
+    """The number of steps done, infinity where it cannot be read; the rest of the file is not looked at."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except Exception:  # noqa: BLE001  # a damaged pickle can raise anything
+        return math.inf
 
 
 def remove_leftovers(folder: Path) -> None:

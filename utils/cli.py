@@ -25,7 +25,8 @@ def training_parser(network: str) -> argparse.ArgumentParser:
         "--resume",
         metavar="PATH|auto",
         type=_given,
-        help="continue from this checkpoint (or run folder), in its folder; auto: from this name's newest, if any",
+        help="continue from this checkpoint (or run folder), in its folder; auto: from the latest step of this name's "
+        "newest run",
     )
     add(
         "--set",
@@ -47,8 +48,8 @@ def training_parser(network: str) -> argparse.ArgumentParser:
         "--save-images",
         type=Path,
         metavar="DIR",
-        help="where the pictures of targets and predictions go that are made at every validation; default: images in "
-        "the run's folder",
+        help="where the pictures of targets and predictions go that are made at every validation; default: with "
+        "TensorBoard on, images in the run's folder",
     )
     add(
         "--dry-run",

@@ -377,7 +377,10 @@ class TrainingConfig(Section):
         start, weights = self.contrastive.contrast_start, self.contrastive.high_weight + self.contrastive.low_weight
         is_trained = self.unlabeled.train_unlabeled and weights > 0
         if start is not None and is_trained and start < self.unlabeled.start_iteration:
-            raise ValueError("contrastive.contrast_start must not be before unlabeled.start_iteration")
+            raise ValueError(
+                f"contrastive.contrast_start {start} must not be before unlabeled.start_iteration "
+                f"{self.unlabeled.start_iteration}, from which on there is something to contrast; raise it too"
+            )
         if self.compile and self.checkpoint_activations:
             raise ValueError("compile and checkpoint_activations do not go together; choose one")
         return self
@@ -656,9 +659,13 @@ def _explain(detail: Any, source: str) -> str:
         parts = [part for part in parts if not part.startswith("literal[")]
     key = ".".join(parts) or "configuration"
     if detail["type"] == "extra_forbidden":
-        known = _keys_of(parts[:-1])
-        close = difflib.get_close_matches(parts[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        known, everywhere = _keys_of(parts[:-1]), list(_all_keys())
+        last = [place.split(".")[-1] for place in everywhere]
+        close = difflib.get_close_matches(parts[-1], last, n=1)
+        meant = [place for place, name in zip(everywhere, last, strict=True) if name == parts[-1]]
+        meant = meant or difflib.get_close_matches(parts[-1], known, n=1)
+        meant = meant or [place for place, name in zip(everywhere, last, strict=True) if name in close]
+        hint = f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(known)}"
         return f"{source}: unknown key {key}; {hint}"
     if detail["type"] == "missing":
         return f"{source}: {key} is missing; it has no default"
@@ -669,6 +676,8 @@ def _explain(detail: Any, source: str) -> str:
         message = f"expected {' or '.join(map(repr, DATASETS))}, or a block {{...}} that describes a folder"
     elif key == "training.unlabeled.pixel_weight":
         message = f"expected one of {', '.join(map(repr, get_args(get_args(PixelWeight)[0])))}, or false"
+    elif detail["type"].startswith("bool_"):
+        message = "expected true or false"
     elif detail["type"] == "literal_error":
         message = f"expected {detail['ctx']['expected']}"
     elif detail["type"] == "string_pattern_mismatch" or (detail["type"] == "string_type" and parts[-1] in SIZES):
@@ -685,6 +694,15 @@ def _keys_of(parts: list[str]) -> list[str]:
         inner = block.model_fields[part].annotation if part in block.model_fields else None
         block = DatasetConfig if part == "dataset" else ReleaseProtocol if part == "release_protocol" else inner  # type: ignore[assignment]
     return [field.alias or name for name, field in block.model_fields.items()]
+
+
+def _all_keys(block: type[BaseModel] | None = None, before: str = "") -> Iterator[str]:
+    """Every dotted key, those of the dataset's block left out."""
+    for name, field in (block or Config).model_fields.items():
+        key = f"{before}{field.alias or name}"
+        yield key
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _all_keys(field.annotation, f"{key}.")
 
 
 # ---------------------------------------------------------------------------------------------------- documents

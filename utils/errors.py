@@ -36,6 +36,12 @@ class LoaderError(UserError):
     exit_status = 3
 
 
+class OutOfMemory(UserError):
+    """Neither a GPU's memory nor the main one has room for what is to be computed."""
+
+    exit_status = 3
+
+
 class PeerError(UserError):
     """Another process of the same run is gone."""
 
@@ -75,6 +81,24 @@ def loader_errors() -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """What torch raises where memory does not suffice, on a GPU or not, as OutOfMemory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no memory"
+        if isinstance(error, RuntimeError) and not any(words in reason for words in _NO_MEMORY):
+            raise
+        raise OutOfMemory(
+            f"out of memory: {reason[:300]}. Training takes less with, in this order, training.precision bf16, "
+            "training.checkpoint_activations, training.accumulation, a smaller training.data.input_size; evaluation "
+            "and prediction may run on the CPU, or in windows"
+        ) from error
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # as a GPU says it, and as a CPU
+
 # What a full or broken disk answers, often without a file name.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -88,7 +112,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         logging.getLogger(name).setLevel(logging.INFO if first else logging.ERROR)
     interrupted = _note_interrupt()
     try:
-        status = main() or 0
+        with memory_errors():
+            status = main() or 0
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

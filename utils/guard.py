@@ -67,6 +67,10 @@ class Guard:
         self._unread.append(Verdict(step, told, values, list(losses), ids))
         return (self.broken | infinite).float()
 
+    def rewind(self) -> None:
+        """The step that was begun will not be judged: the buffers are as before it again."""
+        _fill(self.buffers, self._before)
+
     def read(self, *, together: bool = True) -> Failure | None:
         """Wait for the verdicts on the steps since the last reading.
 

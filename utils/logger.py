@@ -47,7 +47,10 @@ class RunLogger:
         if tensorboard and not silent:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+            hidden_from = first_step + (not must_validate)
+            self.writer = SummaryWriter(str(folder), purge_step=hidden_from if first_step else None)
+            if must_validate:  # hidden along with the step's first validation
+                self._add_points(first_step, self._logged_of(first_step))
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.05,
@@ -63,8 +66,7 @@ class RunLogger:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self.writer is not None:
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
+            self._add_points(step, values)
 
     def pictures(self, step: int, paths: Sequence[Path]) -> None:
         """Pictures for TensorBoard, that of each student under its own tag."""
@@ -112,6 +114,15 @@ class RunLogger:
             self._file.close()
         if self.writer is not None:
             self.writer.close()
+
+    def _add_points(self, step: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def _logged_of(self, step: int) -> dict[str, float]:
+        """What log.jsonl holds of a step."""
+        lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return {tag: value for line in lines if line.pop("step") == step for tag, value in line.items()}
 
     def _drop_after(self, done: int, *, must_validate: bool) -> None:
         """Remove log lines of what will be done again; ``done``: the number of steps that will not."""

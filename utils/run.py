@@ -4,9 +4,11 @@ import datetime
 import fcntl
 import json
 import logging
+import math
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import BEST, load_checkpoint, older_checkpoints, remove_leftovers
+from utils.checkpoint import checkpoints_of, latest_first, load_checkpoint, remove_leftovers, step_of
 from utils.config import Config, different_keys, dump_config
 from utils.distributed import ALONE, World, from_first, ignores_hangup, part_size, world
 from utils.errors import CheckpointError, UserError
@@ -35,12 +37,14 @@ class Run:
     """folder: where everything of the run goes. checkpoint: what it continues from, or None.
 
     step_on_disk: of the folder's checkpoint.pth, None where there is none or a damaged one. origin: see ``origin_of``.
+    resume: what the option --resume wants to go on with this run, if all else stays as it is.
     """
 
     folder: Path
     device: torch.device
     checkpoint: dict[str, Any] | None = None
     step_on_disk: int | None = None
+    resume: str = "auto"
     stop_signal: int | None = field(default=None)
     origin: dict[str, str] = field(init=False)
     lock: Any = field(default=None, repr=False)  # an open file, locked as long as the process lives; False: another's
@@ -118,7 +122,8 @@ def start_run(
     The others read the same checkpoint: with several machines the folder must be one that all of them see.
 
     Raises UserError for a name that is no file name or a folder that another process trains in, CheckpointError for a
-    checkpoint that is damaged or does not fit the config. Only "auto" goes back to an older checkpoint, and says so.
+    checkpoint that is damaged, does not fit the config, or has a later one beside it, which would be overwritten. Only
+    "auto" goes back to an older checkpoint, and says so.
 
     dry: the folder is a temporary one, and nothing is continued.
     """
@@ -156,10 +161,14 @@ def _open_run(config: Config, where: torch.device, *, name: str, resume: str | N
         if resume == "auto":
             logger.info("no checkpoint of the name %s in %s: a new run", name, config.utils.checkpoint_dir)
         folder = _new_folder(Path(config.utils.checkpoint_dir), name)
-        (folder / "config.json").write_text(json.dumps(dump_config(config), indent=1) + "\n", encoding="utf-8")
+        _write_config(folder, config)
         return Run(folder, where), None
     named = _load(path, resume, config) if resume != "auto" else None  # before anything is written or removed beside it
     run = Run(path.parent, where)
+    if not (run.folder / "config.json").exists():  # the checkpoint was put here by hand
+        _write_config(run.folder, config)
+    if not _is_named(run.folder, config, name):
+        run.resume = shlex.quote(str(run.folder))
     found, checkpoint = named or _load(path, resume, config)
     run.continue_from(checkpoint)
     run.step_on_disk = checkpoint["step"] if found.name == "checkpoint.pth" else None
@@ -168,16 +177,20 @@ def _open_run(config: Config, where: torch.device, *, name: str, resume: str | N
 
 
 def path_to_continue(config: Config, name: str, resume: str | None) -> Path | None:
-    """The checkpoint that ``resume`` names or means; None: the run starts anew."""
-    path = newest_checkpoint(config, name) if resume == "auto" else Path(resume) if resume else None
-    return path / "checkpoint.pth" if path is not None and path.is_dir() else path
+    """The checkpoint that ``resume`` names or means, the latest of a folder; None: the run starts anew."""
+    path = newest_folder(config, name) if resume == "auto" else Path(resume) if resume else None
+    return next(iter(latest_first(path)), path / "checkpoint.pth") if path is not None and path.is_dir() else path
 
 
 def _load(path: Path, resume: str | None, config: Config) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint, or for "auto" an older one if it is damaged; CheckpointError if it does not fit the config."""
-    found, checkpoint = (path, load_checkpoint(path)) if resume != "auto" else _load_newest_good(path)
-    refuse_other_config(found, json.loads(checkpoint["config"]), dump_config(config))
-    return found, checkpoint
+    """The checkpoint, or for "auto" an older one if it is damaged; CheckpointError if it cannot be continued."""
+    if resume == "auto":
+        path, checkpoint = _load_latest_good(path.parent)
+    else:
+        checkpoint = load_checkpoint(path)
+        _refuse_to_go_back(path, checkpoint["step"])
+    refuse_other_config(path, json.loads(checkpoint["config"]), dump_config(config))
+    return path, checkpoint
 
 
 def make_deterministic() -> None:
@@ -187,11 +200,10 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _load_newest_good(path: Path) -> tuple[Path, dict[str, Any]]:
-    """A run's checkpoint, or the newest other one that is not damaged, with a warning; also its best one goes on."""
+def _load_latest_good(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """That of a run's checkpoints which has done most and is not damaged, with a warning where one is."""
     damaged: list[str] = []
-    others = [*older_checkpoints(path), *path.parent.glob(BEST)]
-    for candidate in (path, *sorted(others, key=lambda other: other.stat().st_mtime, reverse=True)):
+    for candidate in latest_first(folder):
         try:
             checkpoint = load_checkpoint(candidate)
         except CheckpointError as error:
@@ -200,7 +212,17 @@ def _load_newest_good(path: Path) -> tuple[Path, dict[str, Any]]:
         if damaged:
             warnings.warn(f"{damaged[0]}. Continuing from {candidate} of step {checkpoint['step']}", stacklevel=3)
         return candidate, checkpoint
-    raise CheckpointError("\n       ".join([*damaged, f"{path.parent}: no checkpoint to continue from; start anew"]))
+    raise CheckpointError("\n       ".join([*damaged, f"{folder}: no checkpoint to continue from; start anew"]))
+
+
+def _refuse_to_go_back(path: Path, step: int) -> None:
+    """CheckpointError where a later checkpoint of the same run, and what it learned, would be overwritten."""
+    later = [other for other in latest_first(path.parent) if step < step_of(other) < math.inf]
+    if later:
+        raise CheckpointError(
+            f"{path}: step {step}, but {later[0].name} beside it has step {step_of(later[0])}, which would be lost; "
+            "continue that one, or copy this file to a folder of its own and continue it there"
+        )
 
 
 def _lock(folder: Path) -> Any:
@@ -227,13 +249,19 @@ def choose_device(wanted: str, here: World = ALONE) -> torch.device:
     return torch.device(wanted)
 
 
-def newest_checkpoint(config: Config, name: str) -> Path | None:
-    """checkpoint.pth of that of this name's run folders in which a checkpoint was written last."""
-    pattern = re.compile(rf"\d\d-\d\d_\d\d-\d\d-{re.escape(name)}(~\d+)?")  # ~: no name has it
-    folders = [f for f in Path(config.utils.checkpoint_dir).glob("*") if pattern.fullmatch(f.name)]
-    found = [path for folder in folders for name in ("checkpoint*.pth", BEST) for path in folder.glob(name)]
+def newest_folder(config: Config, name: str) -> Path | None:
+    """That of this name's run folders in which a checkpoint was written last."""
+    folders = [f for f in Path(config.utils.checkpoint_dir).glob("*") if _is_named(f, config, name)]
+    found = [path for folder in folders for path in checkpoints_of(folder)]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    return newest.parent / "checkpoint.pth" if newest is not None else None
+    return newest.parent if newest is not None else None
+
+
+def _is_named(folder: Path, config: Config, name: str) -> bool:
+    """Whether it is a run folder of this name."""
+    pattern = rf"\d\d-\d\d_\d\d-\d\d-{re.escape(name)}(~\d+)?"  # ~: no name has it
+    parent = Path(config.utils.checkpoint_dir)
+    return re.fullmatch(pattern, folder.name) is not None and folder.resolve().parent == parent.resolve()
 
 
 def refuse_other_config(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -288,6 +316,10 @@ def processor_name(device: torch.device) -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()} CPU"
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    (folder / "config.json").write_text(json.dumps(dump_config(config), indent=1) + "\n", encoding="utf-8")
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,15 @@ from utils.batch import Batch
 from utils.checkpoint import BEST, older_checkpoints, older_name, save_checkpoint
 from utils.config import Config, dump_config
 from utils.distributed import ALONE, World, average_, parallel
-from utils.errors import CheckpointError, LoaderError, NonFiniteError, StorageError, UserError, loader_errors
+from utils.errors import (
+    CheckpointError,
+    LoaderError,
+    NonFiniteError,
+    StorageError,
+    UserError,
+    loader_errors,
+    memory_errors,
+)
 from utils.evaluate import Evaluation
 from utils.guard import Guard
 from utils.logger import COSTS, RunLogger
@@ -69,6 +77,7 @@ class Trainer:
             self.images_folder = run.folder / "images"
         self.facts = dict(facts)
         self.step, self.best = 0, {"mean_iou": -1.0, "step": -1}  # step: number of steps done
+        self.phase: Literal["between", "forward", "update"] = "between"  # of a step; in an update nothing can be saved
         self.must_validate = False  # between a step after which a validation is due, and its end
         self.step_on_disk, self.bad_files = run.step_on_disk, set[str]()
         self.scaler = loss_scaler(config, run.device)
@@ -92,7 +101,7 @@ class Trainer:
         loaders = [iter(self.loader(stream, self.step)) for stream in streams]
         self.method.train()
         try:
-            with self.run.stoppable(), loader_errors():
+            with self.run.stoppable(), loader_errors(), memory_errors():
                 evaluation = self._validate(logger) if self.must_validate else None
                 parts = zip(*loaders, strict=True)
                 asked = time.perf_counter()
@@ -106,7 +115,7 @@ class Trainer:
                         with logger.aside(), _in_one_piece():
                             self.save_last()
                     if self.stop_signal:
-                        how = "continue with --resume auto"
+                        how = f"continue with --resume {self.run.resume}"
                         logger.message(f"stopped by signal {self.stop_signal} after step {self.step}; {how}")
                         return None
                     asked = time.perf_counter()
@@ -114,8 +123,11 @@ class Trainer:
                 evaluation = self.evaluate(self.step, iter)
             self._write_results(evaluation)
             return evaluation
-        except (UserError, OSError) as error:  # a damaged image, a full disk: what was learned so far is kept
-            if self.step and not isinstance(error, NonFiniteError):  # full may be the cache's disk, not the run's
+        except (UserError, OSError) as error:  # a damaged image, no memory: what was learned so far is kept
+            if self.phase == "forward":
+                self.guard.rewind()
+            # A full disk may be the cache's, not the run's.
+            if self.step and self.phase != "update" and not isinstance(error, NonFiniteError):
                 with suppress(StorageError) if isinstance(error, OSError | StorageError) else nullcontext():
                     self._save_after_failure()
             raise
@@ -175,6 +187,7 @@ class Trainer:
         self._set_learning_rate(step)
         self.guard.watch()
         self._count_bad_files(logger, [batch for part in parts for batch in part])
+        self.phase = "forward"
         self.optimizer.zero_grad(set_to_none=True)
         seen, means = [], dict[tuple[str, int], Tensor]()
         self.method.recording = self._is_due("log_per_iter", after=step + 1)
@@ -193,10 +206,12 @@ class Trainer:
             for key, loss in losses.items():
                 means[key] = means.get(key, 0.0) + loss.detach() / len(parts)
         self._judge(means, [name for part in parts for batch in part for name in batch.ids])
+        self.phase = "update"
         self.optimizer.step()  # unless judged otherwise
         with autocast(self.config, self.run.device):
             self.method.after_step(*seen, step=step, frozen=None if self.reads_every_step else self.guard.broken)
         self.step += 1
+        self.phase = "between"
         logger.advance()
         reads = any(self._is_due(key) for key in ("log_per_iter", "val_per_iter", "save_checkpoint_every"))
         if reads or (self.here.size > 1 and self.step % SIGNAL_EVERY == 0):
@@ -232,9 +247,13 @@ class Trainer:
             f"best so far {100 * max(score, self.best['mean_iou']):.2f} %"
         )
         if score > self.best["mean_iou"]:
-            self.best = {"mean_iou": score, "step": self.step}
+            before, self.best = self.best, {"mean_iou": score, "step": self.step}
             if self.config.utils.save_best_model:
-                self.save(self.run.folder / BEST)
+                try:
+                    self.save(self.run.folder / BEST)
+                except StorageError:  # what is saved from now on must not name a best model that is not there
+                    self.best, self.must_validate = before, True
+                    raise
 
     def _write_results(self, evaluation: Evaluation) -> None:
         if self.here.is_first:
@@ -331,12 +350,12 @@ class Trainer:
         self.step = failure.step
         kept = "a dry run keeps nothing"
         if self.run.scratch is None:
-            before, last = (self.run.folder / name for name in ("before_failure.pth", "checkpoint.pth"))
+            before = self.run.folder / "before_failure.pth"
             self.save(before)
-            kept = f"last checkpoint: {last if last.is_file() else 'none yet'}; the state before this step: {before}"
+            kept = f"the state before this step: {before}"
         raise NonFiniteError(
-            f"{failure.what} at step {self.step}; weights not updated; {kept}. "
-            "A smaller training.learning_rate is the usual cure"
+            f"{failure.what} at step {self.step}; weights not updated; {kept}. The usual cure is to start anew with a "
+            "smaller training.learning_rate; pretrained may name that file, to start from its students"
         )
 
 
