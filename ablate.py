@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.cli import ablation_parser, comparison_parser, keeping_parser, overview_parser
 from utils.errors import run_script
-from utils.study import PRESETS, SPLITS, cells, plan, plan_study, script_command
+from utils.study import PRESETS, SPLITS, cells, check_lists, plan, plan_study, script_command
 
 __all__ = ["cells", "main", "plan"]
 
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from utils.run import check_request
     from utils.study_run import Runner, begun_message, check_places, describe_plan, stopped_message
 
-    for split in args.measure:  # all rows have the same lists
-        DatasetFiles(study.jobs[0].config).check_files(split, labels=True)
+    if args.measure:
+        check_lists(study, DatasetFiles(study.jobs[0].config))  # all rows have the same lists
     places = check_places(args.devices, args.jobs)
     for device in args.devices or ["cpu"]:
         check_request(name=args.name, resume=None, device=device)

@@ -41,10 +41,14 @@ def make(args: argparse.Namespace) -> int:
 def init(args: argparse.Namespace) -> int:
     from data.describe import describe
 
-    name = args.name or re.sub(r"[^\w.+-]+", "_", args.root.resolve().name) or "custom"
+    derived = re.sub(r"[^\w.+-]+", "_", args.root.resolve().name, flags=re.ASCII).lstrip("_.+-")
+    name = args.name or derived or "custom"
     output = args.output or PROJECT / "configs" / f"{name}.json"
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
-        raise UserError(f"--name {name!r}: expected letters, digits and . _ + - only, because it becomes file names")
+        raise UserError(
+            f"--name {name!r}: expected letters, digits and . _ + - only, one of the first two in front, because it "
+            "becomes file names"
+        )
     if args.pretrained not in (None, "none", "imagenet", "coco") and not Path(args.pretrained).is_file():
         raise UserError(f"--pretrained {args.pretrained}: no such file; or one of none, imagenet, coco")
     found = describe(args.root, name=name, lists=PROJECT / "splits" / name, labeled=args.labeled, val=args.val)
@@ -53,6 +57,7 @@ def init(args: argparse.Namespace) -> int:
     text = json.dumps(values, indent=2) + "\n"
     if output.exists() and output.read_text(encoding="utf-8") != text:
         raise UserError(f"{output}: is there already, and differs; remove it, or choose another --output or --name")
+    output.parent.mkdir(parents=True, exist_ok=True)
     found.write_lists()
     output.write_text(text, encoding="utf-8")
     script = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "'cross_teacher_deeplabv3+.py'"}[config.model]
@@ -68,6 +73,8 @@ def check(args: argparse.Namespace) -> int:
     from data.check import check_dataset
     from data.describe import describe
 
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as lists:
         if args.source.is_dir():
             found = describe(args.source, name=args.source.resolve().name, lists=Path(lists))
@@ -96,10 +103,10 @@ def split(args: argparse.Namespace) -> int:
         folder = args.output or output / args.file.stem
         lines = take_names(files, args.file, count=args.count, output=folder)
     shown = folder.relative_to(PROJECT) if folder.is_relative_to(PROJECT) else folder.resolve()
+    settings = [f"dataset.{name}={shown / name}.txt" for name in ("labeled", "unlabeled")]
+    settings += ["training.data.labeled_samples=null"] * (files.config.training.data.labeled_samples is not None)
     print("\n".join(lines))
-    print(
-        f"use it              --set dataset.labeled={shown}/labeled.txt --set dataset.unlabeled={shown}/unlabeled.txt"
-    )
+    print(f"use it              {' '.join(f'--set {shlex.quote(setting)}' for setting in settings)}")
     return 0
 
 

@@ -168,8 +168,10 @@ class DatasetFiles:
             return order[:wanted]
         labeled = self._read_ids(self.block.labeled)
         if wanted not in (None, len(labeled)):
-            where = f"{self.root / self.block.labeled} has {len(labeled)} ids"
-            raise UserError(f"training.data.labeled_samples is {wanted}, but {where}; make them agree")
+            raise UserError(
+                f"training.data.labeled_samples is {wanted}, but dataset.labeled {self.block.labeled} has "
+                f"{len(labeled)} ids; make them agree, or set training.data.labeled_samples to null"
+            )
         return labeled
 
     @cached_property

@@ -1,5 +1,6 @@
 """Image and label files -> arrays, refusing what is damaged or not what it seems."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,10 @@ def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
         if image.mode.startswith(("I", "F")):  # clipped, every value above 255 would be white
             raise UserError(f"{path}: an image of mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
         decoded = _decode(image, path, "RGB")
-        return np.array(ImageOps.exif_transpose(decoded) if upright else decoded)
+        if upright:
+            with suppress(Exception):  # damaged EXIF data can raise anything, and viewers show such an image as stored
+                decoded = ImageOps.exif_transpose(decoded)
+        return np.array(decoded)
 
 
 def read_label(path: Path) -> np.ndarray:

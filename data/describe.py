@@ -1,7 +1,6 @@
 """What lies in a folder of images and label maps, said as a configuration: ``prepare_data.py init``."""
 
 import json
-import os
 import re
 import warnings
 from collections import Counter
@@ -17,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.decode import IMAGE_ENDINGS, image_size, read_label
+from data.photos import find_images
 from data.report import spans_text
 from data.splits import count_of, draw_order, hash_of, import_ids, line_reader, parse_amount, write_ids
 from utils.errors import UserError
@@ -32,7 +32,8 @@ SPELLINGS = {"val": ("valid", "validation"), "unlabeled": ("unlabelled",), "labe
 class Layout:
     """Where images and label maps lie below a root: patterns with {id}, ids with both, and ids with an image alone.
 
-    left_out: photographs, as paths below the root, that the patterns do not name.
+    left_out: photographs, as paths below the root, that the patterns do not name. also: patterns of other label maps
+    that fit these images as well.
     """
 
     images: str
@@ -40,6 +41,7 @@ class Layout:
     pairs: list[str]
     alone: list[str]
     left_out: Sequence[str] = ()
+    also: Sequence[str] = ()
 
 
 @dataclass
@@ -81,6 +83,8 @@ def describe(
         f"images              {layout.images}: {len(layout.pairs) + len(layout.alone)}",
         f"label maps          {layout.labels}: {len(layout.pairs)}",
     ], seed=seed)  # fmt: skip
+    if layout.also:
+        found.notes.append(f"not used            {', '.join(layout.also)} fit too; dataset.labels chooses")
     if layout.left_out:
         warnings.warn(
             f"{len(layout.left_out)} photographs are left out, for example {layout.left_out[0]}: all images, labeled "
@@ -135,9 +139,11 @@ def find_layout(root: Path) -> Layout:
         raise UserError(_why_no_pairs(root, photos, masks))
     # VOC keeps maps of objects beside those of classes.
     best = max(candidates, key=lambda one: (len(one.pairs), "object" not in one.labels.lower(), one.images))
+    alike = {one.labels for one in candidates if one.images == best.images and len(one.pairs) == len(best.pairs)}
     taken = {best.images.replace("{id}", one) for one in best.pairs + best.alone}
     all_photos = (one + ending for (folder, ending), ids in photos.items() if not folder for one in ids)
-    return replace(best, left_out=sorted(set(all_photos) - taken))
+    left_out = sorted(set(all_photos) - taken)
+    return replace(best, left_out=left_out, also=sorted(alike - {best.labels}))
 
 
 Place = tuple[str, str]  # (folder below root, "" for root itself; file ending)
@@ -146,13 +152,9 @@ Place = tuple[str, str]  # (folder below root, "" for root itself; file ending)
 def _families(root: Path) -> tuple[dict[Place, list[str]], dict[Place, list[str]]]:
     """Photographs and label maps: place -> ids below it. Each file counts for every folder above it."""
     folders: dict[Place, list[str]] = {}
-    for folder, below, names in os.walk(root):
-        below[:] = sorted(one for one in below if not one.startswith("."))
-        here = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        for name in names:
-            ending = PurePosixPath(name).suffix
-            if ending.lower() in IMAGE_ENDINGS and not name.startswith("."):
-                folders.setdefault((here.as_posix(), ending), []).append(name.removesuffix(ending))
+    for path in find_images(root):
+        here = path.parent.relative_to(root).as_posix()
+        folders.setdefault((here, path.suffix), []).append(path.name.removesuffix(path.suffix))
     photos: dict[Place, list[str]] = {}
     masks: dict[Place, list[str]] = {}
     for (folder, ending), stems in folders.items():
@@ -274,7 +276,7 @@ def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: 
     given = _names_in_files(root)
     if given:
         block |= {key: given[key] for key in ("names", "palette") if given.get(key)}
-        ignore_label = int(given.get("ignore", 255))
+        ignore_label = given["ignore"]
         notes.append(f"class names         {given['file']}: {len(given['names'])}")
         meant = [one for one in found if one not in (ignore_label, 255)]
         if len(meant) == len(given["names"]) and meant != list(range(len(meant))):  # such as ids from 1
@@ -318,7 +320,10 @@ def _names_in_files(root: Path) -> dict[str, Any] | None:
     names = known.get("names", known.get("classes"))
     if not isinstance(names, list) or not names or not all(isinstance(one, str) for one in names):
         raise UserError(f'{path}: expected {{"names": ["first", ...]}} or a list of names; mend or remove it')
-    ignore = known.get("ignore_index", known.get("ignore_label", 255))
+    ignore = known.get("ignore_index", known.get("ignore_label"))
+    ignore = 255 if ignore is None else ignore
+    if not isinstance(ignore, int):
+        raise UserError(f"{path}: the label that does not count is {ignore!r}; expected a number, or none given")
     return {"file": path.name, "names": names, "palette": known.get("palette"), "ignore": ignore}
 
 
@@ -334,7 +339,11 @@ class _Lists:
         self.known = set(layout.pairs) | set(layout.alone)
         self.means = line_reader(sorted(self.known), pattern=layout.images)
         self.read_as: dict[str, list[str]] = {}  # lists that name images, but not as ids
+        self.not_used: list[str] = []
         self.found = self._find()
+        self.notes += [f"not used            {one}" for one in self.not_used[:3]]
+        if len(self.not_used) > 3:
+            self.notes.append(f"not used            and {len(self.not_used) - 3} more such files")
 
     def describe(self, block: dict[str, Any], labeled: str | None, val: str) -> None:
         """The keys train or labeled and unlabeled, val, and test of a dataset's block."""
@@ -379,7 +388,7 @@ class _Lists:
         else:
             order, _ = draw_order(with_mask, seed=self.seed)
             amount = amount or parse_amount("1/8")
-            chosen = order[: count_of(amount, len(with_mask), round_up=True)]
+            chosen = order[: count_of(amount, len(with_mask), round_up=True, others=bool(alone))]
             how = f"{amount} of {len(with_mask)}, seed {self.seed}"
         if not chosen or len(chosen) == len(ids):
             raise UserError(
@@ -420,7 +429,7 @@ class _Lists:
         if is_meant and 2 * len(ids) >= len(lines):
             wrong = f"{len(lost)} of {len(lines)} lines name no image, for example {lost[0]}" if lost else "doubled ids"
             raise UserError(f"{self.root / source}: {wrong}; mend this list, or give it a name that says of no list")
-        self.notes.append(f"not used            {source}: {len(lost)} of {len(lines)} lines name no image")
+        self.not_used.append(f"{source}: {len(lost)} of {len(lines)} lines name no image")
         return False
 
     def _named(self, role: str, source: str) -> str:

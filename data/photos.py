@@ -1,6 +1,8 @@
 """Which photographs a prediction is made of, and where it may be written."""
 
+import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -19,6 +21,21 @@ class Photo(NamedTuple):
     name: str
 
 
+def find_images(root: Path) -> Iterator[Path]:
+    """The image files of a folder and all below it, through links too, but none twice for a link to a folder above.
+
+    What begins with a dot is left out.
+    """
+    for folder, below, names in os.walk(root, followlinks=True):
+        here = Path(folder)
+        above = {path.resolve() for path in (here, *here.parents)}
+        below[:] = sorted(one for one in below if not one.startswith(".") and (here / one).resolve() not in above)
+        for name in names:
+            path = here / name
+            if path.suffix.lower() in IMAGE_ENDINGS and not name.startswith(".") and path.is_file():
+                yield path
+
+
 def find_photos(source: Path, *, output: Path) -> list[Photo]:
     """An image, the images of a folder and all below it, or those that a text file names, one path a line.
 
@@ -29,11 +46,10 @@ def find_photos(source: Path, *, output: Path) -> list[Photo]:
     if source.is_dir():
         if output.resolve() == source.resolve():
             raise UserError(f"{output}: is the folder of the photographs; choose another one for what is made of them")
-        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
+        paths = sorted(find_images(source))
         if not source.resolve().is_relative_to(output.resolve()):
             paths = [path for path in paths if not path.resolve().is_relative_to(output.resolve())]
-        relative = [PurePosixPath(path.relative_to(source).as_posix()) for path in paths]
-        shown = [one for one in zip(paths, relative, strict=True) if not any(p.startswith(".") for p in one[1].parts)]
+        shown = [(path, PurePosixPath(path.relative_to(source).as_posix())) for path in paths]
     elif source.suffix.lower() in IMAGE_ENDINGS:
         shown = [(source, PurePosixPath(source.name))]
     elif source.suffix.lower() in ("", ".txt", ".lst"):

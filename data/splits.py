@@ -80,11 +80,16 @@ def parse_amount(text: str) -> Fraction | int:
     return amount if amount < 1 else int(amount)
 
 
-def count_of(amount: Fraction | int, total: int, *, what: str = "labeled", round_up: bool = False) -> int:
+def count_of(
+    amount: Fraction | int, total: int, *, what: str = "labeled", round_up: bool = False, others: bool = False
+) -> int:
     """How many images an amount is of ``total``. Raises UserError if none or all are left for the other list.
 
-    round_up: a fraction of less than half an image is one.
+    round_up: a fraction of less than half an image is one. others: the other list has images of its own, so that a
+    count may be all.
     """
+    if others and amount == total > 0:
+        return total
     count = amount if isinstance(amount, int) else round(amount * total)
     count = 1 if round_up and not isinstance(amount, int) and count == 0 else count
     if total < 2:

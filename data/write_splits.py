@@ -23,7 +23,7 @@ def draw_splits(
     ids = files.train_ids()
     files.check_paths(ids, what="training list", labels=False)
     able = [one for one in ids if files.label_path(one).is_file()]  # the others can only be unlabeled
-    counts = {amount: _count(amount, len(able), len(ids)) for amount in amounts}
+    counts = {amount: count_of(parse_amount(amount), len(able), others=len(able) < len(ids)) for amount in amounts}
     classes = _classes_of(files, able) if cover else None
     lines = []
     orders = {seed: draw_order(able, seed=seed, classes_of=classes) for seed in seeds}
@@ -41,13 +41,6 @@ def draw_splits(
             labeled = set(order[:count])
             lines += _write_both(folder, order[:count], [one for one in ids if one not in labeled], about)
     return lines
-
-
-def _count(amount: str, able: int, total: int) -> int:
-    """How many images an amount of those with a label map is; all of them only if others are left."""
-    if able < total and amount.isdigit() and int(amount) == able:
-        return able
-    return count_of(parse_amount(amount), able, what="labeled")
 
 
 def take_names(files: DatasetFiles, path: Path, *, count: int | None, output: Path) -> list[str]:

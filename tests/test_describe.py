@@ -325,3 +325,56 @@ def test_running_it_twice_finds_its_own_lists(tmp_path: Path):
     assert first == second
     second.write_lists()
     assert len(read_ids(tmp_path / "lists/val.txt")) == 2
+
+
+def test_folders_that_are_links_are_looked_into_and_circles_of_links_end(tmp_path: Path):
+    pairs(tmp_path / "elsewhere")
+    (root := tmp_path / "root").mkdir()
+    for name in ("images", "masks"):
+        (root / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere/images/back").symlink_to(root)
+    block, files, _ = described(root)
+    assert (block["images"], block["labels"]) == ("images/{id}.jpg", "masks/{id}.png")
+    assert sorted([*files.ids("labeled"), *files.ids("unlabeled"), *files.ids("val")]) == IDS
+
+
+def test_other_label_maps_that_fit_are_told(tmp_path: Path):
+    pairs(tmp_path / "root")
+    for name in IDS:
+        mask(tmp_path / f"root/instances/{name}.png", 0, 1, 2, 3)
+    block, _, notes = described(tmp_path / "root")
+    other = ({"masks/{id}.png", "instances/{id}.png"} - {block["labels"]}).pop()
+    assert f"not used            {other} fit too; dataset.labels chooses" in notes
+
+
+def test_all_label_maps_may_be_labeled_where_other_images_have_none(tmp_path: Path):
+    pairs(tmp_path / "root")
+    for name in IDS[:10]:
+        (tmp_path / f"root/masks/{name}.png").unlink()
+    with pytest.raises(UserError, match="of 13 images that is 14"):
+        described(tmp_path / "root", labeled="14")
+    _, files, _ = described(tmp_path / "root", labeled="13")  # 14 label maps, one of them for val
+    assert len(files.ids("labeled")) == 13
+
+
+@pytest.mark.parametrize(("ignore", "label"), [("null", 255), ("2", 2), ('"none"', None)])
+def test_the_label_that_does_not_count_may_be_given_with_the_names(tmp_path: Path, ignore: str, label: int | None):
+    pairs(tmp_path / "root")
+    (tmp_path / "root/classes.json").write_text(f'{{"names": ["a", "b"], "ignore_index": {ignore}}}')
+    if label is None:
+        with pytest.raises(
+            UserError, match=r"classes\.json: the label that does not count is 'none'; expected a number"
+        ):
+            described(tmp_path / "root")
+    else:
+        assert described(tmp_path / "root")[1].config.ignore_label == label
+
+
+def test_many_text_files_that_are_no_lists_are_one_line(tmp_path: Path):
+    pairs(tmp_path / "root")
+    (tmp_path / "root/labels").mkdir()
+    for index in range(30):
+        (tmp_path / f"root/labels/train_{index:03d}.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    _, _, notes = described(tmp_path / "root")
+    assert notes.count("labels/train_") == 3
+    assert "not used            and 27 more such files" in notes

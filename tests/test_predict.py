@@ -98,6 +98,21 @@ def test_inputs_that_are_nothing_are_refused(tmp_path: Path, source: str, messag
         find_photos(tmp_path / source, output=tmp_path / "out")
 
 
+def test_a_photograph_with_damaged_exif_data_is_read_as_it_is_stored(tmp_path: Path):
+    Image.new("RGB", (40, 30)).save(path := tmp_path / "a.jpg", exif=b"Exif\0\0MM\0\0\0\0\0\x08")
+    assert read_image(path, upright=True).shape == (30, 40, 3)
+
+
+def test_photographs_behind_links_are_found_once(tmp_path: Path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg")
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (40, 30)).save(elsewhere / "b.jpg")
+    (source := tmp_path / "photos").mkdir()
+    (source / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(source)
+    assert [photo.name for photo in find_photos(source, output=tmp_path / "out")] == ["link/b"]
+
+
 def test_photographs_are_turned_as_viewers_show_them_and_training_images_are_not(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter, clockwise

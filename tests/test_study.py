@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,7 +23,7 @@ from tests.conftest import tiny_values
 from utils.cli import ablation_parser
 from utils.config import dump_config, load_config
 from utils.errors import UserError
-from utils.study import PRESETS, SCRIPTS, Study, cells, plan_study, shown
+from utils.study import PRESETS, SCRIPTS, Study, cells, check_lists, plan_study, shown
 from utils.study_figures import draw_pictures
 from utils.study_keep import keep_study, thinned
 from utils.study_report import as_markdown, differences, overview, write_report
@@ -89,7 +90,7 @@ if split == os.environ.get("SPLIT_FAILS"):
 result = json.loads((checkpoint.parent / "result.json").read_text()) | {"split": split, "gpu": given.get("--gpu")}
 for model in result["models"].values():
     model["mean_iou"] -= 0.2
-folder = checkpoint.parent / f"evaluation-{split}-{given['--protocol']}"
+folder = Path(given["--output"])
 folder.mkdir()  # only once
 (folder / "result.json").write_text(json.dumps(result))
 """
@@ -839,6 +840,18 @@ def test_measurements_of_other_images_are_not_mixed(tmp_path: Path, stand_in: Pa
         results_of_folders([study.folder], [])
 
 
+def test_a_list_that_was_changed_after_it_was_measured_on_is_refused(
+    tmp_path: Path, stand_in: Path, stand_in_evaluation: None
+):
+    study = plan_study(asked(write_config(tmp_path), grid=TWO_ROWS, seeds=[0], measure=["test"]))
+    same, other = (Mock(split_hash=Mock(return_value=name)) for name in ("a", "b"))
+    check_lists(study, other)  # nothing was measured
+    Runner(study, [None], say=print).run()
+    check_lists(study, same)
+    with pytest.raises(UserError, match=r"evaluation-test-original: measured on other images, hash a, while .* has b"):
+        check_lists(study, other)
+
+
 def test_a_kept_study_tells_the_same_and_can_be_gone_on_with(tmp_path: Path, stand_in: Path, stand_in_evaluation: None):
     study = plan_study(asked(write_config(tmp_path), grid=TWO_ROWS, measure=["test"]))
     Runner(study, [None], say=print).run()
@@ -948,7 +961,16 @@ def test_a_study_killed_twice_reports_the_same_as_one_that_was_not(tmp_path: Pat
     demo = faults.tiny_demo(tmp_path / "demo")
     config = faults.write_config(tmp_path, demo)
     study = tmp_path / "runs/study"
-    command = ("-c", config, *GRID[:-1], "--measure", "labeled")  # one seed
+    command = (
+        "-c",
+        config,
+        *GRID[:-1],
+        "--set",
+        "dataset.test=ImageSets/Segmentation/val.txt",
+        "--measure",
+        "labeled",
+        "test",
+    )
     status, _, errors = ends(ablate(None, *command))
     assert status == 0, errors
     reference = without_times(files_in(study))

@@ -41,8 +41,9 @@ class Inference:
 
     def about(self) -> dict[str, str]:
         """What a result must tell besides the protocol; nothing for one pass."""
+        window = {"window": "{} x {}".format(*self.window)} if self.window is not None else {}
         scales = {"scales": " ".join(f"{scale:g}" for scale in self.scales)} if self.scales != (1.0,) else {}
-        return scales | ({"flip": "yes"} if self.flip else {})
+        return window | scales | ({"flip": "yes"} if self.flip else {})
 
 
 def inference_for(
@@ -102,10 +103,15 @@ def predict_all(
     images: (B,3,H,W) float RGB in [0,1]. networks: in evaluation mode.
     """
     students, needed = _needed(networks, wanted)
-    found = {name: predict(networks[name], images, size, inference=inference) for name in needed}
-    if ENSEMBLE in wanted and ENSEMBLE not in networks:  # an exported ensemble is one network
-        found[ENSEMBLE] = torch.stack([found[name] for name in students]).mean(dim=0)
-    return {name: one for name, one in found.items() if name in wanted}
+    found = dict[str, Tensor]()
+    for name in needed:  # of a large photograph there is not room for many
+        one = predict(networks[name], images, size, inference=inference)
+        if ENSEMBLE in wanted and name in students:
+            share = one.div(len(students)) if name in wanted else one.div_(len(students))
+            found[ENSEMBLE] = found[ENSEMBLE].add_(share) if ENSEMBLE in found else share
+        if name in wanted:
+            found[name] = one
+    return found
 
 
 @torch.no_grad()
@@ -173,7 +179,7 @@ def predict(network: Any, images: Tensor, size: Size, *, inference: Inference) -
             one = _probabilities(network, scaled.flip(-1) if mirrored else scaled, size, inference)
             total = total + (one.flip(-1) if mirrored else one)
     assert isinstance(total, Tensor)
-    return total / (len(inference.scales) * (1 + inference.flip))
+    return total.div_(len(inference.scales) * (1 + inference.flip))
 
 
 def _probabilities(network: Any, inputs: Tensor, size: Size, inference: Inference) -> Tensor:
@@ -241,7 +247,7 @@ def _by_windows(network: Any, inputs: Tensor, window: Size) -> Tensor:
             total[place] += one
             count[place] += 1
     assert total is not None
-    return (total / count)[..., :height, :width]
+    return total.div_(count)[..., :height, :width]
 
 
 def _starts(length: int, window: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import datetime
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -276,7 +277,10 @@ def refuse_other_config(path: Path, saved: dict[str, Any], wanted: dict[str, Any
 
 
 def code_version() -> str:
-    """The project's commit, with + if files were changed since; "unknown" outside a git checkout."""
+    """The project's commit; where Python files were changed since, + and digits that name the change.
+
+    "unknown" outside a git checkout.
+    """
     project = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -285,9 +289,9 @@ def code_version() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        change = git("diff", "HEAD", "--", "*.py")
+        mark = f"+{hashlib.sha256(change.encode()).hexdigest()[:6]}" if change else ""
+        return git("rev-parse", "--short=12", "HEAD") + mark
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from utils.config import Config, different_keys, dump_config, load_config
 from utils.errors import UserError
@@ -104,6 +104,7 @@ class Measurement:
         protocol = self.job.config.utils.val_protocol
         command = ["python3", str(PROJECT / EVALUATION), "--model-path", str(run / "checkpoint.pth")]
         command += ["--split", self.split, "--protocol", protocol]
+        command += ["--output", str(measurement_folder(run, self.split, protocol))]
         # Not one of the settings that runs are compared by: it may have been given after the training.
         command += ["--set", f"dataset.test={json.dumps(self.job.config.data.test)}"] if self.split == "test" else []
         gpu = {None: None, "cpu": "-1", "cuda": "0"}.get(device, (device or "").rpartition(":")[2])
@@ -216,10 +217,40 @@ def measured(run: Path, protocol: str) -> dict[str, dict[str, Any]]:
     """Split -> what ``evaluateSSL.py`` found there for the run's last checkpoint, under its own protocol."""
     last, found = read_json(run / "result.json") or {}, {}
     for split in SPLITS:
-        result = read_json(run / f"evaluation-{split}-{protocol}" / "result.json")
+        result = read_json(measurement_folder(run, split, protocol) / "result.json")
         if result is not None and has_score(result) and result.get("step") == last.get("step"):
             found[split] = result
     return found
+
+
+def measurement_folder(run: Path, split: str, protocol: str) -> Path:
+    """Where a study measures a run on a split."""
+    return run / f"evaluation-{split}-{protocol}"
+
+
+class Lists(Protocol):
+    """The dataset's lists of images."""
+
+    def check_files(self, split: str, *, labels: bool) -> None: ...
+    def split_hash(self, split: str) -> str: ...
+
+
+def check_lists(study: Study, files: Lists) -> None:
+    """UserError where a list to measure on lacks files, or is another one than a run was measured on before."""
+    hashes = dict[str, str]()
+    for split in {one.split for one in study.measurements}:
+        files.check_files(split, labels=True)
+        hashes[split] = files.split_hash(split)
+    for one in study.measurements:
+        if (run := one.finished()) is None:
+            continue
+        protocol = one.job.config.utils.val_protocol
+        then = measured(run, protocol)[one.split].get("split hash")
+        if then != hashes[one.split]:
+            raise UserError(
+                f"{measurement_folder(run, one.split, protocol)}: measured on other images, hash {then}, while "
+                f"dataset.{one.split} has {hashes[one.split]} now; set the list back, or remove this folder"
+            )
 
 
 def has_score(result: Mapping[str, Any]) -> bool:

@@ -163,7 +163,7 @@ class Results:
 def results_of_study(folder: Path) -> Results:
     """Of every run that the study's last ``ablate.py`` planned, started or not, and of the others that are done."""
     planned = read_json(folder / "study.json")
-    if planned is None:
+    if planned is None or not {"jobs", "commands"} <= planned.keys():
         below = sorted(path.parent.name for path in folder.glob("*/study.json"))
         what = f"the folder of {len(below)} studies: {', '.join(below)}" if below else "no study"
         raise UserError(f"{folder}: {what}; expected a folder with an undamaged study.json")

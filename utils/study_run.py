@@ -300,6 +300,6 @@ def refuse_other_commit(study: Study) -> str:
         if then != now:
             raise UserError(
                 f"{folder} was computed by commit {then}, the code is {now} now, and both cannot share a table; check "
-                f"out {then.rstrip('+')}, or choose another --name"
+                f"out {then.partition('+')[0]}, or choose another --name"
             )
     return now
