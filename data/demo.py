@@ -78,6 +78,8 @@ def make_demo_dataset(
         return root
     if root.exists() and not root.is_dir():
         raise UserError(f"{root} is a file; name a folder")
+    if root.resolve() == Path.cwd():  # which is put in place as a whole
+        raise UserError(f"{root}: is the folder this command runs in; name one below it, or another")
     foreign = next((p for p in root.rglob("*") if not _is_own(p, root)), None)
     if foreign:
         raise UserError(f"{root} holds {foreign.name}, not a file of the demo dataset; name another folder")

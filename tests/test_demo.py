@@ -119,6 +119,12 @@ def test_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
     assert (make(tmp_path / "set") / MANIFEST).exists()
 
 
+def test_the_folder_one_stands_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the folder this command runs in"):
+        make_demo_dataset(Path())
+
+
 def test_foreign_files_are_never_deleted(tmp_path: Path) -> None:
     (tmp_path / "JPEGImages").mkdir()
     (tmp_path / "JPEGImages" / "2007_000032.jpg").touch()
