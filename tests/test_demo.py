@@ -9,6 +9,7 @@ from PIL import Image
 
 from data import demo
 from data.demo import CLASSES, IGNORE_LABEL, MANIFEST, draw_example, make_demo_dataset
+from utils.errors import UserError
 from utils.visualize import voc_palette
 
 SIZE = (40, 56)
