@@ -17,16 +17,13 @@ def main(network: str = "DeepLab") -> int:
     config = for_network(load_config(args.config, overrides=training_overrides(args)), network)
 
     # Only now what takes seconds to import: a wrong key or --help is answered at once.
-    from data import DatasetFiles
-    from utils.distributed import launch, part_size, process_group, world
+    from utils.distributed import launch, process_group, world
     from utils.run import check_request
 
     folders = [config.utils.checkpoint_dir, args.save_images]
     check_request(name=args.name, resume=args.resume, device=args.device, processes=args.gpus, folders=folders)
     if args.gpus > 1 and world().size == 1:
-        part_size(config, world()._replace(size=args.gpus))  # what is wrong here is said once, not by each process
-        DatasetFiles(config)
-        return launch(args.gpus)
+        return launch(args.gpus, config)
     with process_group(args.device, timeout=config.training.process_timeout) as here:
         return train(args, config, here)
 
@@ -44,12 +41,12 @@ def train(args: Namespace, config: Config, here: "World", *, make: Any = None, *
     from utils.trainer import Trainer, build_optimizer
     from utils.visualize import save_pictures
 
-    files, protocol = DatasetFiles(config), config.utils.val_protocol
-    if here.is_first:
-        files.check_for_training()
-    facts = files.about_labeled() | files.about_unlabeled() | more
-    with one_after_another(here):  # one downloads the weights, the others find them; a checkpoint has them all
+    with one_after_another(here):  # what is wrong is said once; one downloads the weights, the others find them
+        files, protocol = DatasetFiles(config), config.utils.val_protocol
+        if here.is_first:
+            files.check_for_training()
         students = (build_networks if path_to_continue(config, args.name, args.resume) else build_students)(config)
+    facts = files.about_labeled() | files.about_unlabeled() | more
     run = start_run(config, name=args.name, resume=args.resume, device=args.device, here=here, dry=args.dry_run)
     make = make or CrossTeacher
     shares = files.class_shares() if config.training.needs_class_shares else None

@@ -571,7 +571,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "a list that says another number": (
         lambda d: None,
         {"training__data__labeled_samples": 5},
-        "labeled_samples is 5, but data/splits/labeled.txt has 6 ids",
+        "labeled_samples is 5, but dataset.labeled splits/labeled.txt has 6 ids",
     ),
     "a split of other images": (lambda d: write_split(d, "split_3.txt", b"nobody\n"), SPLIT_3, "1 ids that are not"),
     "a split that is no pickle": (lambda d: write_split(d, "split_3.pkl", b"\x80\x04garbage"), SPLIT_3, "split_3.pkl"),

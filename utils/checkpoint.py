@@ -127,7 +127,7 @@ def latest_first(folder: Path) -> list[Path]:
 def step_of(path: Path) -> float:
     """The number of steps done, infinity where it cannot be read; the rest of the file is not looked at."""
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+        return int(_load(path, mmap=True)["step"])
     except Exception:  # noqa: BLE001  # a damaged pickle can raise anything
         return math.inf
 
@@ -147,7 +147,7 @@ def read_file(path: Path) -> Any:
             is_old = file.read(2) != b"PK"  # before PyTorch 1.6 a file was no zip archive
         if not is_old:
             _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load(path)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -157,6 +157,11 @@ def read_file(path: Path) -> Any:
         if isinstance(error, EOFError | zipfile.BadZipFile):
             reason = "damaged, incomplete, or something else; copy it again"
         raise CheckpointError(f"{path}: not a readable PyTorch file ({type(error).__name__}: {reason})") from error
+
+
+def _load(path: Path, *, mmap: bool = False) -> Any:
+    """mmap: tensors are read where they are used."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _check_archive(path: Path) -> None:

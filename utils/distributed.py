@@ -109,11 +109,14 @@ def ignores_hangup() -> bool:
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def launch(count: int) -> int:
+def launch(count: int, run: Config | None = None) -> int:
     """Run this command in ``count`` processes on this machine; the exit status of the first one that fails, or 0.
 
+    run: the configuration, for what can be said once instead of by each process: UserError as ``part_size``.
     Raises PeerError, with the exit status that a shell would tell, if a signal that was not for all of them killed it.
     """
+    if run is not None:
+        part_size(run, World(size=count))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
