@@ -179,6 +179,25 @@ def test_memory_that_does_not_suffice_ends_in_one_message(capsys: pytest.Capture
     assert re.match(r"error: out of memory: .*can't allocate memory.*training\.precision", line)
 
 
+def test_a_checkpoint_never_names_a_best_model_for_which_there_was_no_room(config):
+    trainer = build(config())
+    save = trainer.save
+
+    def save_if_there_is_room(path: Path, **options: Any) -> None:
+        if path.name == BEST:
+            raise StorageError(f"{path}: no room")
+        save(path, **options)
+
+    trainer.save = save_if_there_is_room
+    with pytest.raises(StorageError, match="no room"):
+        trainer.fit()
+    saved = load_checkpoint(trainer.run.folder / "checkpoint.pth")
+    assert (saved["step"], saved["best"]["step"], saved["must_validate"]) == (4, -1, True)
+    again = build(config(), resume="auto")
+    again.fit()
+    assert load_checkpoint(again.run.folder / BEST)["best"] == again.best
+
+
 def test_an_update_without_memory_is_not_saved(config):
     trainer = build(config(utils__save_checkpoint_every=1000))
     after_step = trainer.method.after_step
