@@ -26,7 +26,7 @@ from utils.errors import UserError
 from utils.study import PRESETS, SCRIPTS, Study, cells, check_lists, plan_study, shown
 from utils.study_figures import draw_pictures
 from utils.study_keep import keep_study, thinned
-from utils.study_report import as_markdown, differences, overview, write_report
+from utils.study_report import as_markdown, differences, overview, results_text, tables, write_report
 from utils.study_results import Record, Results, Row, refuse_mixing, results_of_folders, results_of_study
 from utils.study_run import Runner, check_places, describe_plan, last_error
 
@@ -436,6 +436,37 @@ def test_names_and_values_are_escaped_and_the_page_needs_nothing_but_itself(tmp_
     assert set(re.findall(r'(?:href="|url\()#([\w-]+)', html)) <= set(ids)
 
 
+def test_recall_and_precision_and_signals_near_the_end(tmp_path: Path):
+    pixels = "pixels of (row) predicted as (column),sky,road,ghost\n"
+    for index, (name, rows) in enumerate({"self": "sky,8,2,0\nroad,4,6,0\nghost,0,0,0\n", "cross": "sky,8"}.items()):
+        run = make_run(tmp_path / "runs" / name, 0.5, settings=[f"training.unlabeled.teacher={name}"])
+        result = json.loads((run / "result.json").read_text())
+        result["models"]["ensemble"]["mean_accuracy"] = 0.7 + index / 10
+        (run / "result.json").write_text(json.dumps(result))
+        (run / "confusion_ensemble.csv").write_text(pixels + rows if index == 0 else "sky,half of a li")
+        with (run / "log.jsonl").open("w") as log:
+            for step in range(1, 9):
+                line = {
+                    "step": step,
+                    "pseudo_label/accuracy/0": 0.1 * step,
+                    "pseudo_label/accuracy/1": 0.1 * step + 0.1,
+                }
+                line |= {
+                    f"gradient_norm/{term}/{own}": own + 1.0 for term in ("supervised", "high_level") for own in (0, 1)
+                }
+                line["gradient_norm/high_level/1"] = 1.0
+                print(json.dumps(line), file=log)
+    results = results_of_folders([tmp_path / "runs"], [])
+    assert [row.label for row in results.rows] == [f"training.unlabeled.teacher={name}" for name in ("cross", "self")]
+    found = {table.title: {line[0]: line[1:] for line in table.rows} for table in tables(results)}
+    assert found["IoU of each class"]["mean recall"] == ["80.0", "70.0 (-10.0)"]
+    assert found["IoU of each class"]["mean precision"] == ["-", f"{(8 / 12 + 6 / 8) * 50:.1f}"]
+    assert found["Signals"] == {
+        "pseudo-labels: share of pixels that are right": ["85.0", "85.0"],  # step 8 alone is in the last tenth
+        "gradient of high_level, in % of supervised": ["66.7", "66.7"],
+    }
+
+
 def test_the_markdown_has_the_page_s_tables_and_its_pictures_are_beside_it(tmp_path: Path):
     results = results_of_folders(make_study(tmp_path), ["python3", "ablate.py"])
     text = write_report(results, tmp_path / "out")
@@ -734,8 +765,8 @@ def test_runs_are_measured_once_each_on_other_images(tmp_path: Path, stand_in: P
     write_report(results, tmp_path / "report")
     titles = re.findall(r"^## (Results.*)", (tmp_path / "report/report.md").read_text(), re.MULTILINE)
     assert titles == ["Results", "Results on test", "Results on unlabeled"]
-    tables = markdown_tables((tmp_path / "report/report.md").read_text())
-    assert [table[2][1] for table in tables if table[0][0] == "setting" and "ensemble" in table[0][1]] == [
+    found = markdown_tables((tmp_path / "report/report.md").read_text())
+    assert [table[2][1] for table in found if table[0][0] == "setting" and "ensemble" in table[0][1]] == [
         "60.5 ± 0.7",
         "40.5 ± 0.7",
         "40.5 ± 0.7",
@@ -789,6 +820,15 @@ def test_what_cannot_be_measured_is_told_and_the_rest_is_done(
     results = results_of_folders([study.folder], [])
     assert results.splits == ["unlabeled"]
     assert [record.state for record in results.records] == ["failed, exit status 1: error: loss is nan", "done"]
+    name = "training.unlabeled.teacher"
+    assert [line[2] for line in next(table for table in tables(results) if table.title == "Runs").rows] == [
+        "failed, exit status 1: error: loss is nan",
+        "done; on test: failed, exit status 1: error: no test here",
+    ]
+    assert (
+        f"1 of 2 runs are not in the numbers: {name}=self with seed 0 (failed, exit status 1). "
+        f"Not measured: {name}=cross with seed 0 (on test failed, exit status 1)."
+    ) in results_text(results)
     assert overview(results).splitlines()[2:] == [
         "| setting | seeds | val, mIoU % | unlabeled, mIoU % |",
         "| --- | --- | --- | --- |",
@@ -897,25 +937,22 @@ def test_a_kept_study_never_replaces_another(tmp_path: Path, stand_in: Path):
     assert weights.exists()
 
 
-def test_a_thinned_log_keeps_validations_and_the_last_line_where_alone_is_what_is_told_by_class():
-    lines = [{"step": s, "supervised/0": 1 / s, "bank_fill_of_class/0/sky": 0.5} for s in range(1, 101)]
+def test_a_thinned_log_holds_means_and_validations_and_what_is_told_by_class_once():
+    lines: list[dict[str, Any]] = [{"step": step, "supervised/0": 1.0 * step} for step in range(1, 101)]
+    for line in lines[-20:]:
+        line["bank_fill_of_class/0/sky"] = line["step"] / 100
+    lines[94]["supervised/0"] = float("nan")
+    lines[96]["pseudo_label/kept/0"] = 0.5
     lines += [{"step": 50, "val/ensemble": 0.123456, "val_iou/ensemble/sky": 0.5, "val_iou/teacher_0/sky": 0.4}]
     kept = thinned(lines, 10)
-    assert [line["step"] for line in kept] == [10, 20, 30, 40, 50, 50, 60, 70, 80, 90, 100]
-    assert {tag for line in kept[:-1] for tag in line} == {
-        "step",
-        "supervised/0",
-        "val/ensemble",
-        "val_iou/ensemble/sky",
-    }
-    assert kept[-1] == {"step": 100, "supervised/0": 0.01, "bank_fill_of_class/0/sky": 0.5}
+    assert kept[:4] == [{"step": 10 * tens, "supervised/0": 10 * tens - 4.5} for tens in range(1, 5)]
+    assert kept[5] == {"step": 50, "val/ensemble": 0.1235, "val_iou/ensemble/sky": 0.5}
+    assert [line["step"] for line in kept[6:]] == [60, 70, 80, 90, 100]
+    last = {"step": 100, "supervised/0": 95.56, "pseudo_label/kept/0": 0.5, "bank_fill_of_class/0/sky": 0.955}
+    assert kept[9:] == [{"step": 90, "supervised/0": 85.5}, last]
     assert thinned(kept, 100) == kept
-    assert kept[5]["val/ensemble"] == 0.1235
-    assert thinned(lines[:3], 10) == [
-        {"step": 1, "supervised/0": 1.0},
-        {"step": 2, "supervised/0": 0.5},
-        {"step": 3, "supervised/0": 0.3333, "bank_fill_of_class/0/sky": 0.5},
-    ]
+    assert [line["step"] for line in thinned(lines[:25], 10)] == [1, 4, 7, 10, 13, 16, 19, 22, 25]
+    assert thinned([], 10) == []
 
 
 def test_a_study_does_not_go_on_with_other_code(tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch):

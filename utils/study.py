@@ -60,6 +60,11 @@ class Job:
         return self.folder.name
 
     @property
+    def failure(self) -> Path:
+        """Where its failure is told, if it failed."""
+        return failure_file(self.folder)
+
+    @property
     def is_ready(self) -> bool:
         return True
 
@@ -86,6 +91,11 @@ class Measurement:
     @property
     def name(self) -> str:
         return f"{self.job.name} on {self.split}"
+
+    @property
+    def failure(self) -> Path:
+        """Where its failure is told, if it failed."""
+        return failure_file(self.folder, self.split)
 
     @property
     def is_ready(self) -> bool:
@@ -226,6 +236,11 @@ def measured(run: Path, protocol: str) -> dict[str, dict[str, Any]]:
 def measurement_folder(run: Path, split: str, protocol: str) -> Path:
     """Where a study measures a run on a split."""
     return run / f"evaluation-{split}-{protocol}"
+
+
+def failure_file(job: Path, split: str | None = None) -> Path:
+    """Where the failure of a job's run, or of its measurement on a split, is told."""
+    return job / (f"failed-{split}.json" if split else "failed.json")
 
 
 class Lists(Protocol):

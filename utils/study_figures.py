@@ -86,7 +86,7 @@ def _bars(figure: Any, results: Results) -> bool:
         text = f"{mean:.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else "")
         end = max(mean + spread, *values)
         axes.annotate(text, (end, place), (7, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(rows)), [textwrap.fill(row.label, 34, break_on_hyphens=False) for row in rows])
+    axes.set_yticks(range(len(rows)), [_broken(row.label, 34) for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * axes.get_xlim()[1])
     axes.set_xlabel("mIoU of the ensemble in %")
@@ -193,8 +193,13 @@ def _legend(figure: Any, *axes: Any) -> None:
     """One for all, below, each label once."""
     shown = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
     longest = max(map(len, shown), default=0)
-    labels = [textwrap.fill(label, 80, break_on_hyphens=False) for label in shown]
+    labels = [_broken(label, 80) for label in shown]
     figure.legend(shown.values(), labels, loc="outside lower center", ncols=1 if longest > 38 else 2)
+
+
+def _broken(label: str, width: int) -> str:
+    """Into lines, between words only."""
+    return textwrap.fill(label, width, break_on_hyphens=False, break_long_words=False)
 
 
 def _png(figure: Any) -> bytes:

@@ -2,14 +2,15 @@
 
 import json
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.study import SPLITS, finished_run, measured, read_json
+from utils.study import SPLITS, finished_run, measured, measurement_folder, read_json
 from utils.study_report import write_report
-from utils.study_results import Results, read_log, results_of_study
+from utils.study_results import COUNTS, Results, is_number, read_log, results_of_study
 from utils.study_run import write_json, write_whole
 
 LOG_LINES = 60  # of a run, besides those of validations
@@ -42,18 +43,27 @@ def keep_study(study: Path, output: Path) -> Results:
 
 
 def thinned(lines: Sequence[Mapping[str, Any]], count: int = LOG_LINES) -> list[dict[str, Any]]:
-    """Lines of a log at about ``count`` steps evenly spaced and at every validation, the last ones among them.
+    """About ``count`` lines of a log, each the means of equally many up to its step, and every validation.
 
     What is told by class is in the last line alone, but for the ensemble's IoU.
     """
     validations = [line for line in lines if any(tag.startswith("val/") for tag in line)]
     others = [line for line in lines if not any(tag.startswith("val/") for tag in line)]
-    stride = max(1, -(-len(others) // count))
-    chosen = [*others[::-1][::stride][::-1], *validations]
+    size = max(1, -(-len(others) // count))
+    chosen = [_mean(others[max(0, end - size) : end]) for end in range(len(others), 0, -size)][::-1]
+    last = chosen[-1:]
     return [
-        {tag: _rounded(value) for tag, value in line.items() if line in others[-1:] or not _is_dropped(tag)}
-        for line in sorted(chosen, key=lambda line: line["step"])
+        {tag: _rounded(value) for tag, value in line.items() if line in last or not _is_dropped(tag)}
+        for line in sorted([*chosen, *validations], key=lambda line: line["step"])
     ]
+
+
+def _mean(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last line's step; of every other tag the mean of the lines that have it, NaN left out."""
+    tags = dict.fromkeys(tag for line in lines for tag in line if tag != "step")
+    found = {tag: [line[tag] for line in lines if is_number(line.get(tag))] for tag in tags}
+    means = {tag: statistics.mean(values) if len(values) > 1 else values[0] for tag, values in found.items() if values}
+    return {"step": lines[-1]["step"]} | means
 
 
 def _keep_job(job: Path, output: Path) -> None:
@@ -65,16 +75,22 @@ def _keep_job(job: Path, output: Path) -> None:
         return
     kept = output / RUN
     kept.mkdir()
-    for name in ("config.json", "result.json"):
-        shutil.copyfile(run / name, kept / name)
+    shutil.copyfile(run / "config.json", kept / "config.json")
+    _keep_result(run, kept)
     protocol = about["config"]["utils"]["val_protocol"]
     for split in SPLITS:
         if split in measured(run, protocol):
-            folder = f"evaluation-{split}-{protocol}"
-            (kept / folder).mkdir()
-            shutil.copyfile(run / folder / "result.json", kept / folder / "result.json")
+            _keep_result(measurement_folder(run, split, protocol), measurement_folder(kept, split, protocol))
     text = "".join(json.dumps(line) + "\n" for line in thinned(read_log(run / "log.jsonl")))
     write_whole(kept / "log.jsonl", text.encode())
+
+
+def _keep_result(folder: Path, kept: Path) -> None:
+    """The result and the ensemble's counts."""
+    kept.mkdir(exist_ok=True)
+    for name in ("result.json", COUNTS):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, kept / name)
 
 
 def _is_dropped(tag: str) -> bool:

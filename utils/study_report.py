@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 
 from utils.study import SPLITS
-from utils.study_figures import Picture, draw_pictures
-from utils.study_results import Measure, Record, Results, Row
+from utils.study_figures import SIGNALS, Picture, draw_pictures
+from utils.study_results import TERMS, Measure, Record, Results, Row
 from utils.study_run import write_whole
 
 OVERVIEW_FACTS = ("dataset", "labeled", "labeled hash", "protocol", "step", "commit", "machine")
@@ -54,7 +54,7 @@ def tables(results: Results) -> list[Table]:
     for split in results.splits:
         there = results.on(split)
         found += [_main_table(there, split), _class_table(there, split)]
-    found += [_class_table(results), _runs_table(results), _cost_table(results)]
+    found += [_class_table(results), _signals_table(results), _runs_table(results), _cost_table(results)]
     return [table for table in found if table.rows]
 
 
@@ -144,12 +144,18 @@ def _what_is_measured(split: str) -> str:
 
 def _class_table(results: Results, split: str = "val") -> Table:
     measures: dict[str, Measure] = {label: partial(Record.class_iou, label=label) for label in results.class_names}
-    measures["pixel accuracy"] = Record.pixel_accuracy
+    means: dict[str, Measure] = {
+        "pixel accuracy": Record.pixel_accuracy,
+        "mean recall": Record.mean_recall,
+        "mean precision": Record.mean_precision,
+    }
+    measures |= {name: of for name, of in means.items() if any(row.values(of) for row in results.rows)}
     rows = [[label, *(_mean_and_difference(row, results.rows[0], of) for row in results.rows)]
             for label, of in measures.items()]  # fmt: skip
     note = (
         "Of the ensemble in percent, mean over seeds (in brackets: the mean difference to the first row, same seeds); "
-        "- where a class is in no label and no prediction."
+        "- where a class is in no label and no prediction. Recall: the share of a class's pixels that is found; "
+        "precision: the share that is right of what is called so."
     )
     title = "IoU of each class" + (f" on {split}" if split != "val" else "")
     return Table(title, note, ["class", *(row.label for row in results.rows)], rows)
@@ -163,9 +169,45 @@ def _mean_and_difference(row: Row, reference: Row, of: Measure) -> str:
     return f"{statistics.mean(found.values()):.1f}{difference}"
 
 
+def _signals_table(results: Results) -> Table:
+    """What the runs logged of their unlabeled terms near the end."""
+    measures: dict[str, Measure] = {title: _in_percent(keys) for title, keys in SIGNALS.items()}
+    measures |= {f"gradient of {term}, in % of supervised": _gradient_in_percent(term) for term in TERMS[1:]}
+    rows = []
+    for title, of in measures.items():
+        found = [list(row.values(of).values()) for row in results.rows]
+        if any(found):
+            rows.append([title, *(f"{statistics.mean(values):.1f}" if values else "-" for values in found)])
+    note = (
+        "In percent, mean of what the log holds of the last tenth of the steps, both students and all seeds. "
+        "Gradients: norms at the networks' outputs, with the terms' weights."
+    )
+    return Table("Signals", note, ["signal", *(row.label for row in results.rows)], rows)
+
+
+def _in_percent(keys: Sequence[str]) -> Measure:
+    def measure(record: Record) -> float | None:
+        found = record.late(*keys)
+        return None if found is None else 100 * found
+
+    return measure
+
+
+def _gradient_in_percent(term: str) -> Measure:
+    def measure(record: Record) -> float | None:
+        found = record.gradient(term)
+        return None if found is None else 100 * found
+
+    return measure
+
+
 def _runs_table(results: Results) -> Table:
-    rows = [[record.label, str(record.seed), record.state, record.name] for record in results.records]
+    rows = [[record.label, str(record.seed), _state(record), record.name] for record in results.records]
     return Table("Runs", "", ["setting", "seed", "state", "folder"], rows, numbers=False)
+
+
+def _state(record: Record) -> str:
+    return "; ".join([record.state, *(f"on {split}: {failure}" for split, failure in record.failures.items())])
 
 
 def _cost_table(results: Results) -> Table:
@@ -194,12 +236,15 @@ def _commands(results: Results) -> Commands:
 
 def _warning(results: Results) -> str:
     """What is not in the numbers; empty if nothing is missing."""
-    if not results.missing:
-        return ""
-    missing = ", ".join(
-        f"{record.label} with seed {record.seed} ({record.state.partition(':')[0]})" for record in results.missing
-    )
-    return f"{len(results.missing)} of {len(results.records)} runs are not in the numbers: {missing}."
+    missing = [_named(record, record.state) for record in results.missing]
+    told = [f"{len(missing)} of {len(results.records)} runs are not in the numbers: {', '.join(missing)}."]
+    failures = [(record, split) for record in results.records for split in record.failures]
+    unmeasured = [_named(record, f"on {split} {record.failures[split]}") for record, split in failures]
+    return " ".join((told if missing else []) + ([f"Not measured: {', '.join(unmeasured)}."] if unmeasured else []))
+
+
+def _named(record: Record, state: str) -> str:
+    return f"{record.label} with seed {record.seed} ({state.partition(':')[0]})"
 
 
 def _facts(results: Results) -> str:

@@ -1,5 +1,6 @@
 """What the runs of a study found: read from their folders, checked to be comparable, counted by rows."""
 
+import csv
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,18 +10,32 @@ from typing import Any
 
 from utils.config import different_keys
 from utils.errors import UserError
-from utils.study import PRESETS, PROJECT, SCRIPTS, SPLITS, finished_run, has_score, measured, read_json, shown
+from utils.study import (
+    PRESETS,
+    PROJECT,
+    SCRIPTS,
+    SPLITS,
+    failure_file,
+    finished_run,
+    has_score,
+    measured,
+    measurement_folder,
+    read_json,
+    shown,
+)
 
 COMPARED = ("dataset", "split", "split hash", "labeled", "labeled hash", "protocol", "step", "commit")
 FACTS = (*COMPARED[:3], "images", *COMPARED[3:], "torch", "machine")
 TERMS = ("supervised", "cross_teacher", "high_level", "low_level")
+COUNTS = "confusion_ensemble.csv"  # beside a result
+LATE = 0.9  # of the steps; what is logged after them is late
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
     """One run. state: "done", or in words how far it came. result: of the finished run alone, on val.
 
-    measured: the same of other lists of images, by their name.
+    measured: the same of other lists of images, by their name; failures: why there is none.
     """
 
     label: str
@@ -31,6 +46,7 @@ class Record:
     config: Mapping[str, Any] = field(default_factory=dict)
     result: Mapping[str, Any] | None = None
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
     log: Sequence[Mapping[str, Any]] = ()
 
     def score(self, *models: str) -> float:
@@ -54,6 +70,28 @@ class Record:
         """The share of labeled pixels of which the ensemble is right, in percent; None where it was not kept."""
         return self._of_ensemble(lambda found: found.get("pixel_accuracy"))
 
+    def mean_recall(self) -> float | None:
+        """In percent, over the classes in the labels; None where it was not kept."""
+        return self._of_ensemble(lambda found: found.get("mean_accuracy"))
+
+    def mean_precision(self) -> float | None:
+        """In percent, over the classes predicted by the ensemble; None where its counts were not kept."""
+        counts = (self.result or {}).get("counts") or []
+        columns = [(column[index], sum(column)) for index, column in enumerate(zip(*counts, strict=True))]
+        found = [right / count for right, count in columns if count]
+        return 100 * statistics.mean(found) if found else None
+
+    def late(self, *keys: str) -> float | None:
+        """The mean of what was logged under ``keys`` in the last tenth of the steps, None where nothing was."""
+        steps = self.config["training"]["num_iterations"]
+        found = [value for step, value in self.curve(*keys).items() if step > LATE * steps]
+        return statistics.mean(found) if found else None
+
+    def gradient(self, term: str) -> float | None:
+        """Of a term at the outputs, late, as a multiple of the supervised term's; None where it was not logged."""
+        terms = [self.late(*(f"gradient_norm/{one}/{index}" for index in range(2))) for one in (term, TERMS[0])]
+        return terms[0] / terms[1] if terms[0] is not None and terms[1] else None
+
     def seconds_per_step(self) -> float | None:
         """The median of what was logged, None where nothing was."""
         found = self._logged("seconds_per_step")
@@ -70,7 +108,7 @@ class Record:
 
     def curve(self, *keys: str) -> dict[int, float]:
         """Step -> mean of what was logged under ``keys``."""
-        lines = ((line["step"], [line[key] for key in keys if _is_number(line.get(key))]) for line in self.log)
+        lines = ((line["step"], [line[key] for key in keys if is_number(line.get(key))]) for line in self.log)
         return {step: statistics.mean(values) for step, values in lines if values}
 
     def _of_ensemble(self, part: Callable[[Mapping[str, Any]], float | None]) -> float | None:
@@ -78,7 +116,7 @@ class Record:
         return None if value is None else 100 * value
 
     def _logged(self, key: str) -> list[float]:
-        return [line[key] for line in self.log if _is_number(line.get(key))]
+        return [line[key] for line in self.log if is_number(line.get(key))]
 
 
 Measure = Callable[[Record], float | None]  # a number of a finished run, None where it has none
@@ -148,7 +186,8 @@ class Results:
 
         def measured(record: Record) -> Record:
             result = record.measured.get(split)
-            state = "not measured" if result is None and record.state == "done" else record.state
+            state = record.failures.get(split, "not measured") if record.state == "done" else record.state
+            state = "done" if result is not None else state
             return replace(record, result=result, state=state)
 
         rows = [Row(row.label, [measured(record) for record in row.records]) for row in self.rows]
@@ -249,9 +288,11 @@ def _planned(job: Path, name: str) -> Record:
     newest = max(begun, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
     folder = finished_run(job, config) or newest
     read = _read(folder, config) if folder is not None else {"state": "not started"}
-    if failure := _failure(job) if read["state"] != "done" else None:
+    if failure := _failure(failure_file(job)) if read["state"] != "done" else None:
         read["state"] = failure
-    return Record(about["label"], about["seed"], name, about["command"], config=config, **read)
+    lists = [split for split in SPLITS if read["state"] == "done" and split not in read["measured"]]
+    failures = {split: failure for split in lists if (failure := _failure(failure_file(job, split)))}
+    return Record(about["label"], about["seed"], name, about["command"], config=config, failures=failures, **read)
 
 
 def _alone(folder: Path) -> Record:
@@ -268,14 +309,25 @@ def _read(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """State, result and log of a run folder."""
     steps, log, result = config["training"]["num_iterations"], read_log(folder / "log.jsonl"), None
     if finished := read_json(folder / "result.json"):
-        result = finished if finished.get("step") == steps and has_score(finished) else None
-    others = measured(folder, config["utils"]["val_protocol"]) if result else {}
+        result = finished | _counts(folder) if finished.get("step") == steps and has_score(finished) else None
+    protocol = config["utils"]["val_protocol"]
+    others = measured(folder, protocol) if result else {}
+    others = {split: found | _counts(measurement_folder(folder, split, protocol)) for split, found in others.items()}
     at = f"unfinished, step {log[-1]['step']} of {steps}" if log else "unfinished, nothing logged yet"
     return {"state": "done" if result else at, "result": result, "measured": others, "log": log}
 
 
-def _failure(job: Path) -> str | None:
-    failed = read_json(job / "failed.json")
+def _counts(folder: Path) -> dict[str, list[list[int]]]:
+    """The ensemble's pixels of each class (row) that are called each class (column), if they are in the folder."""
+    try:
+        lines = (folder / COUNTS).read_text(encoding="utf-8").splitlines()
+        return {"counts": [[int(cell) for cell in row[1:]] for row in csv.reader(lines[1:])]}
+    except (OSError, ValueError):
+        return {}
+
+
+def _failure(file: Path) -> str | None:
+    failed = read_json(file)
     return f"failed, exit status {failed['status']}: {failed['message']}" if failed else None
 
 
@@ -292,7 +344,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a logged value can be averaged; NaN cannot."""
     return isinstance(value, int | float) and value == value
 
 

@@ -130,7 +130,7 @@ class Runner:
         return self.problem is not None
 
     def _start(self, job: Job | Measurement, place: str | None, lock: Any) -> None:
-        (job.folder / "failed.json").unlink(missing_ok=True)
+        job.failure.unlink(missing_ok=True)
         output = (job.folder / "output.txt").open("ab")
         process = subprocess.Popen(
             process_command(job.on(place)),
@@ -158,8 +158,7 @@ class Runner:
             else:
                 self.failed.append(one.job)
                 message = last_error((one.job.folder / "output.txt").read_text(encoding="utf-8", errors="replace"))
-                if isinstance(one.job, Job):
-                    write_json(one.job.folder / "failed.json", {"status": status, "message": message})
+                write_json(one.job.failure, {"status": status, "message": message})
                 self.say(f"FAILED {one.job.name}: exit status {status}: {message}")
 
 
