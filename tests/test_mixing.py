@@ -79,6 +79,14 @@ def test_class_draw_takes_another_number_of_classes_or_prefers_some() -> None:
     assert torch.equal(masks[:, 0, 0], masks[:, 1, 2])
 
 
+def test_class_draw_departs_from_the_class_mask_of_the_classes_it_drew() -> None:
+    labels = torch.tensor([0, 3, 7, 250, 255])[torch.randint(0, 5, (40, 6, 8), generator=seeded())]
+    for label_map, mask in zip(labels, draw_mix_masks("class", labels, seeded(1)), strict=True):
+        drawn = label_map[mask == 1].unique()
+        assert len(drawn) == 2  # of four: 255 is padding
+        assert torch.equal(mask, class_mask(label_map, drawn))
+
+
 def test_one_class_alone_keeps_its_pixels() -> None:
     # floor(1/2) = 0 classes: the image becomes its partner.
     assert (draw_mix_masks("class", torch.full((2, 3, 3), 4), seeded()) == 0).all()
