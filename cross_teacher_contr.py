@@ -68,7 +68,7 @@ def train(args: Namespace, config: Config, here: "World", *, make: Any = None, *
     trainer = Trainer(
         method,
         build_optimizer(students, config),
-        lambda stream, start: training_loader(files, stream, start_step=start, here=here),
+        lambda stream, start: training_loader(files, stream, start_step=start, here=here, pin=run.on_gpu),
         run,
         config=config,
         evaluate=validate,

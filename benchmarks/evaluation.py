@@ -26,6 +26,7 @@ from utils.config import Config, check_config, load_config, parse_size
 from utils.errors import run_script
 from utils.evaluate import Evaluation, evaluate, model_names
 from utils.inference import Inference, inference_for
+from utils.speed import full_float32
 
 MODELS = ("DeepLabv3+", "DeepLab")
 COLUMNS = (
@@ -128,6 +129,7 @@ class Bench:
         )
 
     @torch.no_grad()
+    @full_float32()
     def forward(self) -> None:
         """The same passes in the same order, inputs ready, outputs dropped."""
         for name, shape in self.shapes:

@@ -26,7 +26,7 @@ from utils.distributed import World, part_size, process_group
 from utils.errors import run_script
 from utils.logger import RunLogger
 from utils.run import Run, choose_device
-from utils.speed import PRECISIONS, autocast
+from utils.speed import PRECISIONS, autocast, set_float32
 from utils.trainer import Trainer, build_optimizer
 
 SETTINGS: dict[str, dict[str, object]] = {
@@ -147,10 +147,12 @@ class Bench:
         self.factors = [torch.randn(side, side, device=device).to(dtype) for _ in range(2)]
 
     def step(self) -> None:
+        set_float32(self.config)  # of the whole process: the bench before may have set it otherwise
         self.trainer._train_one(self.logger, [self.batches])
 
     def networks(self) -> None:
         """The passes of a step alone, in its order; their loss is a mean, so that both outputs receive gradients."""
+        set_float32(self.config)
         labeled, unlabeled = (batch.to(self.device).images for batch in self.batches)
         self.method.zero_grad()
         with autocast(self.config, self.device):
@@ -163,6 +165,7 @@ class Bench:
                 predict_frozen(teacher.network, labeled, norm=teacher.norm)
 
     def product(self) -> None:
+        set_float32(self.config)
         self.factors[0] @ self.factors[1]
 
     def held(self) -> float:

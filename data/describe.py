@@ -366,7 +366,11 @@ class _Lists:
             held_out |= set(drawn)
         train = self._only("train")
         ids = self._ids(train) if train else sorted(self.known)
-        ids = [one for one in ids if one not in held_out]
+        unlabeled = self._only("unlabeled")
+        more = self._ids(unlabeled) if unlabeled else self.layout.alone  # besides those of a list for training
+        ids = [one for one in sorted({*ids, *more}) if one not in held_out]
+        if left := sorted(self.known - set(ids) - held_out):
+            self.notes.append(f"not used            {len(left)} images that are in no list, for example {left[0]}")
         block |= self._labeled(ids, given, amount)
 
     def _labeled(self, ids: list[str], given: str | None, amount: Any) -> dict[str, str]:
@@ -381,7 +385,10 @@ class _Lists:
             unlabeled = self._named("unlabeled", source) if source else self._make("unlabeled", others)
             self.notes.append(f"labeled images      {given}: {len(taken)}")
             return {"labeled": self._named("labeled", given), "unlabeled": unlabeled}
-        without = set(self.layout.alone)
+        without, source = set(self.layout.alone), self._only("unlabeled")
+        if source and amount is None and (chosen := [one for one in ids if one not in {*self._ids(source), *without}]):
+            self.notes.append(f"labeled images      {len(chosen)}: all that {source} does not name")
+            return {"labeled": self._make("labeled", chosen), "unlabeled": self._named("unlabeled", source)}
         with_mask, alone = [one for one in ids if one not in without], [one for one in ids if one in without]
         if alone and amount is None:
             chosen, how = with_mask, "all that have a label map"

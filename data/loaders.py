@@ -59,7 +59,6 @@ class Loader(Generic[Item]):
             sampler=indices,
             collate_fn=_Collate(collate),
             worker_init_fn=_start_worker if workers else None,
-            pin_memory=torch.cuda.is_available(),
             **options,
         )
 
@@ -209,10 +208,13 @@ class Positions(Sequence[int]):
         return self.steps[step] * self.batch_size + self.own[place]
 
 
-def training_loader(files: DatasetFiles, stream: str, *, start_step: int, here: World = ALONE) -> Loader[Batch]:
+def training_loader(
+    files: DatasetFiles, stream: str, *, start_step: int, here: World = ALONE, pin: bool = False
+) -> Loader[Batch]:
     """Parts of batches of "labeled" or "unlabeled" crops for the steps from ``start_step`` to the last.
 
     A step's part of a process is ``training.accumulation`` batches; in a run of one process without accumulation, one.
+    pin: into memory from which a GPU copies while the host goes on; takes a GPU's memory itself.
     """
     training = files.config.training
     return Loader(
@@ -222,6 +224,7 @@ def training_loader(files: DatasetFiles, stream: str, *, start_step: int, here: 
         timeout=training.data.timeout,
         batch_size=part_size(files.config, here),
         num_workers=loading_processes(files.config, here),
+        pin_memory=pin,
     )
 
 

@@ -55,9 +55,9 @@ def test_the_page_names_every_key_of_a_configuration_that_has_all_blocks():
 
 
 BAD = {
-    "typing slip": ({"training__batch_sise": 4}, "unknown key training.batch_sise; did you mean batch_size?"),
-    "slip in a nested block": ({"training__unlabeled__mix_masks": "cut"}, "did you mean mix_mask?"),
-    "slip in the dataset": ({"dataset__lable": "x"}, "unknown key dataset.lable; did you mean label"),
+    "typing slip": ({"training__batch_sise": 4}, "unknown key training.batch_sise; did you mean training.batch_size?"),
+    "slip in a nested block": ({"training__unlabeled__mix_masks": "cut"}, "did you mean training.unlabeled.mix_mask?"),
+    "slip in the dataset": ({"dataset__lable": "x"}, "unknown key dataset.lable; did you mean dataset.label"),
     "right key, wrong block": ({"batch_size": 4}, "unknown key batch_size; did you mean training.batch_size?"),
     "a key of two other blocks": (
         {"training__flip": True},
@@ -165,7 +165,7 @@ def test_overrides_take_dotted_keys_and_json_values(tmp_path: Path):
     assert config.training.unlabeled.pixel_weight is False
     for override, message in (
         ("training.batch_size", "expected KEY=VALUE"),
-        ("training.batch=3", "did you mean batch_size"),
+        ("training.batch=3", "did you mean training.batch_size"),
         ("seed.x=3", "seed is a value"),
         ("training.learning_rate=NaN", "not a finite number"),
     ):

@@ -102,6 +102,26 @@ def test_images_without_a_label_map_are_the_unlabeled_ones(tmp_path: Path):
     assert "labeled images      8: all that have a label map" in notes
 
 
+@pytest.mark.parametrize("how", ["list", "no list", "folder"])
+def test_beside_a_train_list_the_other_images_are_the_unlabeled_ones(tmp_path: Path, how: str):
+    root, folder = tmp_path / "data", how == "folder"
+    for index, name in enumerate(IDS):
+        part = ("unlabeled/", "train/", "val/")[(index >= 10) + (index >= 20)] if folder else ""
+        photo(root / f"images/{part}{name}.jpg")
+        if index >= 10:
+            mask(root / f"masks/{part}{name}.png", 0, 1)
+    if not folder:
+        (root / "train.txt").write_text("\n".join(IDS[10:20]))
+        (root / "val.txt").write_text("\n".join(IDS[20:23]))
+    if how == "list":
+        (root / "unlabeled.txt").write_text("\n".join(IDS[:10]))
+    block, files, notes = described(root)
+    assert [name.rpartition("/")[2] for name in files.ids("labeled")] == IDS[10:20]
+    assert [name.rpartition("/")[2] for name in files.ids("unlabeled")] == IDS[:10]
+    assert (block["unlabeled"] == "unlabeled.txt") == (how == "list")
+    assert ("1 images that are in no list, for example 0023" in notes) != folder
+
+
 def test_lists_that_are_there_are_used(tmp_path: Path):
     root = tmp_path / "root"
     pairs(root)

@@ -37,9 +37,9 @@ def test_a_dry_run_tells_what_the_run_will_take_and_writes_nothing(demo: Path, t
     assert (everything_below(tmp_path), everything_below(demo)) == before
     lines = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines()[1:])
     assert re.fullmatch(r"\d+\.\d\d hours", lines["estimated time"])
-    assert ("supervised only, 4 steps" in lines["a step"]) == (start == 4)
-    assert f"(without contrast, {5 - start} steps)" in lines["a step"]
-    assert "(all terms, 3 steps)" in lines["a step"]
+    assert ("(supervised, 4 steps)" in lines["a step"]) == (start == 4)
+    assert f"(supervised + cross_teacher, {5 - start} steps)" in lines["a step"]
+    assert "(supervised + cross_teacher + high_level + low_level, 3 steps)" in lines["a step"]
     assert "for 3 images" in lines["a validation"]
     assert float(lines["peak memory"].split()[0]) > 0
 

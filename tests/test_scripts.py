@@ -205,7 +205,7 @@ def bad_cases(demo: Path, folder: Path) -> dict[str, tuple[dict, list, str]]:
     (other / "empty.txt").touch()
     damaged = ["--data-root", other]
     return {
-        "unknown key": ({}, ["--set", "training.batchsize=3"], "did you mean batch_size?"),
+        "unknown key": ({}, ["--set", "training.batchsize=3"], "did you mean training.batch_size?"),
         "wrong type": ({"seed": "one"}, [], 'seed = "one"'),
         "missing dataset": ({}, ["--data-root", folder / "nowhere"], "nowhere: no such folder"),
         "empty list": ({}, [*damaged, "--set", "dataset.labeled=empty.txt"], "empty.txt is empty"),
@@ -339,7 +339,7 @@ def test_a_grid_is_run_once_and_reported(tmp_path: Path, demo: Path):
     assert "4 already done" in run("ablate.py", *study).stdout
     assert times == {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("result.json")}
     for arguments, message in (
-        (["--grid", "training.batch_sise=1"], "did you mean batch_size"),
+        (["--grid", "training.batch_sise=1"], "did you mean training.batch_size"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--seeds", "0", "0"], "would share a folder"),
         (["--set", "seed=1"], "the seeds are given with --seeds"),

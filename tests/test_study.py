@@ -976,7 +976,7 @@ def test_a_study_does_not_go_on_with_other_code(tmp_path: Path, stand_in: Path, 
         (["--devices", "gpu"], "is none of auto, cpu, cuda, cuda:0"),
         (["--preset", "pape"], "invalid choice"),
         (["--measure", "test"], "nowhere: no such folder"),
-        (["--set", "training.batch_sise=1"], "did you mean batch_size"),
+        (["--set", "training.batch_sise=1"], "did you mean training.batch_size"),
     ],
 )
 def test_wrong_requests_end_in_one_message_and_write_nothing(tmp_path: Path, arguments: list[str], message: str):

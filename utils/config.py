@@ -663,7 +663,8 @@ def _explain(detail: Any, source: str) -> str:
         last = [place.split(".")[-1] for place in everywhere]
         close = difflib.get_close_matches(parts[-1], last, n=1)
         meant = [place for place, name in zip(everywhere, last, strict=True) if name == parts[-1]]
-        meant = meant or difflib.get_close_matches(parts[-1], known, n=1)
+        near = difflib.get_close_matches(parts[-1], known, n=1)
+        meant = meant or [".".join([*parts[:-1], name]) for name in near]
         meant = meant or [place for place, name in zip(everywhere, last, strict=True) if name in close]
         hint = f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(known)}"
         return f"{source}: unknown key {key}; {hint}"

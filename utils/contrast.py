@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from utils.speed import full_float32
+
 # Anchors whose similarities are in memory at once: few fit into a CPU's caches, many keep a GPU busy.
 CHUNK_SIZE = {"cpu": 256, "cuda": 2048}
 # Log of "no such entry". Finite, so that no difference of two of them is NaN; exp of it is 0.
@@ -275,7 +277,7 @@ def _sum_over_anchors(
     total = vectors.new_zeros((), dtype=torch.float32)
     gradient = torch.empty_like(vectors, dtype=torch.float32)
     # A bfloat16 similarity divided by 0.01 would be off by up to 0.4 in the exponent.
-    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False), full_float32():
         for start in range(0, len(vectors), size):
             at = slice(start, start + size)
             unit, inverse_length = _unit_length(vectors[at])

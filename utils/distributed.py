@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import Config
-from utils.errors import PeerError, UserError
+from utils.errors import PeerError, UserError, leave_at_once
 
 T = TypeVar("T")
 
@@ -71,8 +71,14 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
         yield here
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
+    gpu = torch.device("cuda", here.local_rank) if on_gpu else None
+    if gpu is not None:
+        if here.local_size > torch.cuda.device_count():
+            raise UserError(
+                f"{here.local_size} processes on this machine, but GPUs: {torch.cuda.device_count()}; start one for "
+                "each GPU, or give --device cpu"
+            )
+        torch.cuda.set_device(gpu)
     store: dist.Store | None = None
     try:
         wait = datetime.timedelta(seconds=timeout)
@@ -80,8 +86,9 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
         # A restarted job finds the store of the one before: without a place of its own it may read where that one was.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait, device_id=gpu)
         yield here
+        dist.destroy_process_group()
     except UserError as error:
         if store is not None:
             with suppress(RuntimeError):  # the process that keeps the store is gone
@@ -99,9 +106,18 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
             if store is not None and store.check([_STATUS]):
                 ended.exit_status = int(store.get(_STATUS))
         raise ended from None
-    finally:
+    finally:  # after an error
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave_others()
+
+
+def _leave_others() -> None:
+    """After an error. NCCL would wait for the others to say goodbye, at the interpreter's end too, while they wait for
+    this process: it ends by `leave_at_once` instead, once its message is said."""
+    if dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+    else:
+        leave_at_once()
 
 
 def ignores_hangup() -> bool:

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,9 +88,9 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "no memory"
-        if isinstance(error, RuntimeError) and not any(words in reason for words in _NO_MEMORY):
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
             raise
+        reason = str(error).splitlines()[0] if str(error) else "no memory"
         raise OutOfMemory(
             f"out of memory: {reason[:300]}. Training takes less with, in this order, training.precision bf16, "
             "training.checkpoint_activations, training.accumulation, a smaller training.data.input_size; evaluation "
@@ -97,10 +98,19 @@ def memory_errors() -> Iterator[None]:
         ) from error
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory")  # as a GPU says it, and as a CPU
+# As a GPU says it, as a CPU, and as cuBLAS and cuDNN do.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 
 # What a full or broken disk answers, often without a file name.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+_leaving: list[bool] = []  # not empty: `leave_at_once` was called
+
+
+def leave_at_once() -> None:
+    """Let `run_script` end the process without anything that Python does at its end."""
+    _leaving.append(True)
 
 
 def run_script(main: Callable[[], int | None]) -> None:
@@ -130,10 +140,14 @@ def run_script(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     except Exception:
-        if not interrupted:  # within an import it can end as any other error
+        if not interrupted and not _leaving:  # within an import it can end as any other error
             raise
-        print("interrupted", file=sys.stderr)
-        status = 130
+        print("interrupted" if interrupted else traceback.format_exc(), file=sys.stderr)
+        status = 130 if interrupted else 1
+    if _leaving:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from utils.speed import full_float32
+
 NUM_LABELS = 256  # class labels are bytes, as in label images; every image draws this many numbers
 COW_SIGMA = (8.0, 32.0)  # range of the smoothing's standard deviation, in pixels
 
@@ -109,6 +111,7 @@ def _draw_integer(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
+@full_float32()
 @torch.autocast("cpu", enabled=False)  # a mask does not depend on training.precision
 @torch.autocast("cuda", enabled=False)
 def _blobs(noise: Tensor, sigma: float) -> Tensor:

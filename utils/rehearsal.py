@@ -32,14 +32,16 @@ def rehearse(trainer: Trainer, *, images: int, evaluate_first: Callable[[int], E
     early = min(unlabeled.start_iteration, total) if unlabeled.train_unlabeled else 0
     contrast = min(config.training.contrastive.contrast_start or 0, total) if trainer.method.uses_banks else 0
     kinds: dict[str, StepTime] = {}
-    starts = {"supervised only": 0, "without contrast": early, "all terms": max(early, contrast)}
-    for (name, first), end in zip(starts.items(), [*list(starts.values())[1:], total], strict=True):
+    starts = sorted({0, early, max(early, contrast)})
+    for first, end in zip(starts, [*starts[1:], total], strict=True):
         if end > first:
-            if name == "all terms":
+            if first == starts[-1]:
                 for bank in trainer.method.banks:
                     bank.pretend_full()
                 trainer.method.banks_were_ready.fill_(True)
-            kinds[name] = StepTime(_seconds(trainer, first=first), end - first)
+            kinds[" + ".join(trainer.method.active_terms(first))] = StepTime(
+                _seconds(trainer, first=first), end - first
+            )
     validation = _validation_seconds(images, evaluate_first)
     validations = -(-total // config.utils.val_per_iter)
     hours = (sum(kind.seconds * kind.steps for kind in kinds.values()) + validations * validation) / 3600

@@ -57,6 +57,10 @@ class Run:
             remove_leftovers(self.folder)
         self.origin = origin_of(self.device)
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
     def continue_from(self, checkpoint: dict[str, Any]) -> None:
         """Not from the start; a warning where other code began it."""
         self.checkpoint, before = checkpoint, checkpoint["origin"]

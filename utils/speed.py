@@ -39,10 +39,15 @@ def full_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolution
 
 
-def arrange(method: Any, config: Config) -> None:
-    """Prepare a method's networks: order of their weights in memory, TensorFloat-32, recomputation, compilation."""
+def set_float32(config: Config) -> None:
+    """Of the whole process: whether a GPU may shorten the mantissas of float32."""
     torch.set_float32_matmul_precision("high" if config.training.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = config.training.precision == "tf32"
+
+
+def arrange(method: Any, config: Config) -> None:
+    """Prepare a method's networks: order of their weights in memory, TensorFloat-32, recomputation, compilation."""
+    set_float32(config)
     if config.training.channels_last:
         method.to(memory_format=torch.channels_last)
     networks = [*method.students, *(teacher.network for teacher in method.teachers)]
