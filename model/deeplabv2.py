@@ -1,4 +1,4 @@
-"""DeepLabv2 (Chen et al. 2018) with the head of the authors' release (METHOD: networks)."""
+"""DeepLabv2 (Chen et al. 2018) with the head of the authors' release (docs/method.md: the networks)."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""DeepLabv3+ (Chen et al. 2018b) in the variant of the authors' release (METHOD: networks)."""
+"""DeepLabv3+ (Chen et al. 2018b) in the variant of the authors' release (docs/method.md: the networks)."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The memory banks (paper: section 3.3; METHOD 7)."""
+"""The memory banks (paper: section 3.3; docs/method.md: banks)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Teachers: moving averages of the students, and predictions that leave no trace (paper: section 3.2; METHOD 8)."""
+"""Teachers: moving averages of the students, and predictions that leave no trace (paper: section 3.2)."""
 
 import copy
 from collections.abc import Iterator

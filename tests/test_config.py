@@ -26,9 +26,10 @@ from utils.config import (
     load_config,
     override_config,
 )
-from utils.errors import UserError
+from utils.errors import CheckpointError, UserError
 from utils.losses import PIXEL_WEIGHTS
 from utils.mixing import MIX_MASKS
+from utils.run import refuse_other_config
 
 PROJECT = Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (PROJECT / "configs").rglob("*.json") if path.name != "config.schema.json")
@@ -312,3 +313,13 @@ def test_cityscapes_maps_the_nineteen_ids_of_its_label_files():
 def test_class_names_given_twice_are_refused():
     with pytest.raises(UserError, match="names has 'car' more than once; results are told by name"):
         check_config(tiny_values(dataset__num_classes=3, dataset__names=["car", "road", "car"]), source="test")
+
+
+def test_a_run_goes_on_without_the_file_of_its_first_weights(tmp_path: Path):
+    began, now = (dump_config(check_config(tiny_values(pretrained=name), source="test")) for name in ("one", "other"))
+    refuse_other_config(tmp_path, began, now)
+    longer = now | {"training": now["training"] | {"num_iterations": 7000}}
+    with pytest.raises(
+        CheckpointError, match=r"another configuration:\n *training.num_iterations: \d+ there, 7000 here$"
+    ):
+        refuse_other_config(tmp_path, began, longer)

@@ -22,7 +22,7 @@ from tests.conftest import tiny_values
 from tests.test_scripts import ENVIRONMENT, PROJECT, SCRIPTS, run, write_config
 from utils.checkpoint import load_checkpoint
 from utils.config import check_config
-from utils.distributed import ALONE, World, _without_gpus, launch, part_size, world
+from utils.distributed import ALONE, World, _without_gpus, launch, part_size, process_group, world
 from utils.errors import UserError
 from utils.logger import COSTS
 
@@ -200,6 +200,7 @@ def test_a_wrong_input_of_several_processes_is_one_message_with_its_status(tmp_p
         assert done.returncode == status, done.stderr
         assert message in done.stderr
         assert done.stderr.count(message) == 1, done.stderr
+        assert done.stderr.count("error:") == 1, done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -293,7 +294,7 @@ run_script(main)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "status", "message"),
-    [("raises", 5, "process 1 of 2: another process of this run has ended"),
+    [("raises", 5, "error: no such weights"),
      ("killed", 137, "process 0 of 2 was killed by signal 9")],
 )  # fmt: skip
 def test_the_exit_status_is_that_of_the_process_that_failed_whichever_ends_first(
@@ -304,6 +305,52 @@ def test_the_exit_status_is_that_of_the_process_that_failed_whichever_ends_first
     done = finish([sys.executable, str(tmp_path / "ends.py"), how, "--gpus", "2"], environment)
     assert done.returncode == status, done.stderr
     assert message in done.stderr
+    assert how != "raises" or done.stderr.count("error:") == 1, done.stderr
+
+
+LEAVES = """
+import atexit, sys
+import torch.distributed as dist
+from utils.distributed import _leave_others
+from utils.errors import UserError, run_script
+dist.get_backend = lambda: sys.argv[1]
+dist.destroy_process_group = lambda: print("waited for the others")
+atexit.register(print, "ended as usual")
+def main():
+    try:
+        raise UserError("why") if sys.argv[2] == "known" else KeyError("bug")
+    finally:
+        _leave_others()
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "error", "status", "output", "message"),
+    [
+        ("nccl", "known", 2, "", "error: why\n"),
+        ("nccl", "bug", 1, "", "KeyError: 'bug'\n"),
+        ("gloo", "known", 2, "waited for the others\nended as usual\n", "error: why\n"),
+    ],
+)
+def test_after_an_error_a_process_on_a_gpu_waits_for_no_other(
+    tmp_path: Path, backend: str, error: str, status: int, output: str, message: str
+):
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    command = [sys.executable, str(tmp_path / "leaves.py"), backend, error]
+    done = finish(command, ENVIRONMENT | {"PYTHONPATH": str(PROJECT)})
+    assert (done.returncode, done.stdout) == (status, output)
+    assert done.stderr.endswith(message)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch):
+    for key, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), "1212", strict=True):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes on this machine, but GPUs: 1"), process_group("auto", timeout=5):
+        pass
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import Config
-from utils.errors import PeerError, UserError, leave_at_once
+from utils.errors import PeerError, UserError, leave_at_once, say
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ def world() -> World:
     return World(*(int(os.environ.get(key, str(alone))) for key, alone in zip(_KEYS, ALONE, strict=True)))
 
 
-_STATUS = "exit status"  # where a process that ends with a message tells the others its exit status
+_STATUS = "exit status"  # where a process that ends with a message tells the others its exit status and machine
 _KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -64,7 +64,7 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
     """Join the other processes; ``timeout``: seconds after which one that does not answer ends the run.
 
     device: "auto", "cpu" or "cuda". Raises PeerError, for whatever happens inside, when another process is gone. It has
-    the exit status of the other's UserError: whichever ends first, the launcher sees the same one.
+    the exit status of the other's UserError: whichever ends first, the launcher sees the same one, and one speaks.
     """
     here = world()
     if here.size == 1:
@@ -90,9 +90,10 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
         yield here
         dist.destroy_process_group()
     except UserError as error:
+        say(error)  # before the others end: then the launcher ends this process too
         if store is not None:
             with suppress(RuntimeError):  # the process that keeps the store is gone
-                store.set(_STATUS, str(error.exit_status))
+                store.set(_STATUS, f"{error.exit_status} {_machine()}")
         raise
     except RuntimeError as error:  # gloo and NCCL know no other
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection", "timed out", "Timed out")):
@@ -104,7 +105,8 @@ def process_group(device: str, *, timeout: float) -> Iterator[World]:
         )
         with suppress(RuntimeError):
             if store is not None and store.check([_STATUS]):
-                ended.exit_status = int(store.get(_STATUS))
+                status, machine = store.get(_STATUS).decode().split()
+                ended.exit_status, ended.is_said = int(status), machine == _machine()
         raise ended from None
     finally:  # after an error
         if dist.is_initialized():
@@ -118,6 +120,11 @@ def _leave_others() -> None:
         dist.destroy_process_group()
     else:
         leave_at_once()
+
+
+def _machine() -> str:
+    """Its number among those of the run."""
+    return os.environ.get("GROUP_RANK", "0")
 
 
 def ignores_hangup() -> bool:

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Bad input or configuration."""
+    """Bad input or configuration. is_said: on stderr already, by this process or another one on this machine."""
 
     exit_status = 2
+    is_said = False
 
 
 class CheckpointError(UserError):
@@ -105,6 +106,13 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
+def say(error: UserError) -> None:
+    """Once, on stderr."""
+    if not error.is_said:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    error.is_said = True
+
+
 _leaving: list[bool] = []  # not empty: `leave_at_once` was called
 
 
@@ -126,7 +134,7 @@ def run_script(main: Callable[[], int | None]) -> None:
             status = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(error)
         status = error.exit_status
     except BrokenPipeError:  # the reader of our output left, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -142,7 +150,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except Exception:
         if not interrupted and not _leaving:  # within an import it can end as any other error
             raise
-        print("interrupted" if interrupted else traceback.format_exc(), file=sys.stderr)
+        print("interrupted" if interrupted else traceback.format_exc().rstrip(), file=sys.stderr)
         status = 130 if interrupted else 1
     if _leaving:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Evaluation of several models in one pass, and the tables of its results (METHOD 10)."""
+"""Evaluation of several models in one pass, and the tables of its results (docs/evaluation.md)."""
 
 import csv
 import json

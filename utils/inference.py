@@ -1,4 +1,4 @@
-"""How a network is applied to whole images: protocols, flips and scales (METHOD 10)."""
+"""How a network is applied to whole images: protocols, flips and scales (docs/evaluation.md)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

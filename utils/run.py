@@ -272,9 +272,10 @@ def _is_named(folder: Path, config: Config, name: str) -> bool:
 def refuse_other_config(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """CheckpointError with every key that changes what is computed and differs.
 
-    The parts in which a step is computed may change, as the number of processes may: the trainer warns of both.
+    The parts in which a step is computed may change, as the number of processes may: the trainer warns of both. No
+    weights from outside are needed any more.
     """
-    different = different_keys(saved, wanted, free=["training.accumulation"])
+    different = different_keys(saved, wanted, free=["training.accumulation", "pretrained"])
     if different:
         rows = "".join(f"\n       {key}: {old} there, {new} here" for key, (old, new) in different.items())
         raise CheckpointError(f"{path}: cannot continue, it was trained with another configuration:{rows}")
