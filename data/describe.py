@@ -366,26 +366,24 @@ class _Lists:
             held_out |= set(drawn)
         train = self._only("train")
         ids = self._ids(train) if train else sorted(self.known)
-        unlabeled = self._only("unlabeled")
+        given = self._only("labeled") if given is None and amount is None else given
+        beside = str(PurePosixPath(given).with_name("unlabeled.txt")) if given else None
+        unlabeled = beside if beside in self.found["unlabeled"] else self._only("unlabeled")
         more = self._ids(unlabeled) if unlabeled else self.layout.alone  # besides those of a list for training
         ids = [one for one in sorted({*ids, *more}) if one not in held_out]
-        if left := sorted(self.known - set(ids) - held_out):
+        if left := sorted(self.known.difference(ids, held_out, self._ids(given) if given else ())):
             self.notes.append(f"not used            {len(left)} images that are in no list, for example {left[0]}")
-        block |= self._labeled(ids, given, amount)
+        block |= self._labeled(ids, given, unlabeled, amount)
 
-    def _labeled(self, ids: list[str], given: str | None, amount: Any) -> dict[str, str]:
-        """The keys labeled and unlabeled for the training ids."""
-        if given is None and amount is None:
-            given = self._only("labeled")
+    def _labeled(self, ids: list[str], given: str | None, source: str | None, amount: Any) -> dict[str, str]:
+        """The keys labeled and unlabeled for the training ids. given, source: the lists that are there."""
         if given is not None:
-            beside = str(PurePosixPath(given).with_name("unlabeled.txt"))
             taken = set(self._ids(given))
-            source = beside if beside in self.found["unlabeled"] else self._only("unlabeled")
             others = [one for one in ids if one not in taken]
             unlabeled = self._named("unlabeled", source) if source else self._make("unlabeled", others)
             self.notes.append(f"labeled images      {given}: {len(taken)}")
             return {"labeled": self._named("labeled", given), "unlabeled": unlabeled}
-        without, source = set(self.layout.alone), self._only("unlabeled")
+        without = set(self.layout.alone)
         if source and amount is None and (chosen := [one for one in ids if one not in {*self._ids(source), *without}]):
             self.notes.append(f"labeled images      {len(chosen)}: all that {source} does not name")
             return {"labeled": self._make("labeled", chosen), "unlabeled": self._named("unlabeled", source)}
