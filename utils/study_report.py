@@ -171,11 +171,11 @@ def _mean_and_difference(row: Row, reference: Row, of: Measure) -> str:
 
 def _signals_table(results: Results) -> Table:
     """What the runs logged of their unlabeled terms near the end."""
-    measures: dict[str, Measure] = {title: _in_percent(keys) for title, keys in SIGNALS.items()}
-    measures |= {f"gradient of {term}, in % of supervised": _gradient_in_percent(term) for term in TERMS[1:]}
+    shares: dict[str, Measure] = {title: partial(Record.late, keys=keys) for title, keys in SIGNALS.items()}
+    shares |= {f"gradient of {term}, in % of supervised": partial(Record.gradient, term=term) for term in TERMS[1:]}
     rows = []
-    for title, of in measures.items():
-        found = [list(row.values(of).values()) for row in results.rows]
+    for title, share in shares.items():
+        found = [list(row.values(_in_percent(share)).values()) for row in results.rows]
         if any(found):
             rows.append([title, *(f"{statistics.mean(values):.1f}" if values else "-" for values in found)])
     note = (
@@ -185,17 +185,9 @@ def _signals_table(results: Results) -> Table:
     return Table("Signals", note, ["signal", *(row.label for row in results.rows)], rows)
 
 
-def _in_percent(keys: Sequence[str]) -> Measure:
+def _in_percent(share: Measure) -> Measure:
     def measure(record: Record) -> float | None:
-        found = record.late(*keys)
-        return None if found is None else 100 * found
-
-    return measure
-
-
-def _gradient_in_percent(term: str) -> Measure:
-    def measure(record: Record) -> float | None:
-        found = record.gradient(term)
+        found = share(record)
         return None if found is None else 100 * found
 
     return measure

@@ -81,7 +81,7 @@ class Record:
         found = [right / count for right, count in columns if count]
         return 100 * statistics.mean(found) if found else None
 
-    def late(self, *keys: str) -> float | None:
+    def late(self, keys: Sequence[str]) -> float | None:
         """The mean of what was logged under ``keys`` in the last tenth of the steps, None where nothing was."""
         steps = self.config["training"]["num_iterations"]
         found = [value for step, value in self.curve(*keys).items() if step > LATE * steps]
@@ -89,7 +89,7 @@ class Record:
 
     def gradient(self, term: str) -> float | None:
         """Of a term at the outputs, late, as a multiple of the supervised term's; None where it was not logged."""
-        terms = [self.late(*(f"gradient_norm/{one}/{index}" for index in range(2))) for one in (term, TERMS[0])]
+        terms = [self.late([f"gradient_norm/{one}/{index}" for index in range(2)]) for one in (term, TERMS[0])]
         return terms[0] / terms[1] if terms[0] is not None and terms[1] else None
 
     def seconds_per_step(self) -> float | None:
