@@ -938,6 +938,6 @@ def test_another_number_of_threads_is_said_once_and_does_not_forbid_to_go_on(con
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)  # more than here, but nobody has to wait for them
     with pytest.warns(UserWarning, match=r"resumed with other threads \d+, now 64: .* not the same bits") as seen:
         trainer = build(config(), resume="auto")
-    assert len(seen) == 1
+    assert sum("other threads" in str(one.message) for one in seen) == 1, [str(one.message) for one in seen]
     assert trainer.step == 7
     assert trainer.fit() is not None
