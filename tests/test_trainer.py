@@ -284,6 +284,9 @@ def test_other_images_are_refused_on_resume(config, demo: Path, tmp_path: Path, 
     assert again.step == 2, "the same images"
     now, before = ([batch.ids for batch in trainer.loader(split, 2)] for trainer in (again, first))
     assert now == before, "and in the same order"
+    moved = shutil.copy(listed, tmp_path / "moved.txt")
+    elsewhere = config(data_root=str(root), **{f"dataset__{split}": str(moved)})
+    assert build(elsewhere, resume="auto").step == 2, "the same list in another place"
     listed.write_text("\n".join(ids[1:]))
     with pytest.raises(CheckpointError, match=f"trained with other images .*{split} hash"):
         build(config(data_root=str(root)), resume="auto")

@@ -273,9 +273,10 @@ def refuse_other_config(path: Path, saved: dict[str, Any], wanted: dict[str, Any
     """CheckpointError with every key that changes what is computed and differs.
 
     The parts in which a step is computed may change, as the number of processes may: the trainer warns of both. No
-    weights from outside are needed any more.
+    weights from outside are needed any more. Lists may lie elsewhere: the trainer compares which images they name.
     """
-    different = different_keys(saved, wanted, free=["training.accumulation", "pretrained"])
+    free = ["training.accumulation", "pretrained", "dataset.labeled", "dataset.unlabeled"]
+    different = different_keys(saved, wanted, free=free)
     if different:
         rows = "".join(f"\n       {key}: {old} there, {new} here" for key, (old, new) in different.items())
         raise CheckpointError(f"{path}: cannot continue, it was trained with another configuration:{rows}")
