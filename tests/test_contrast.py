@@ -48,7 +48,9 @@ def contrast(kind: str, case: dict[str, Tensor], *, autocast: bool = False, **op
     return loss.detach(), gradient
 
 
-def formula(kind: str, case: dict[str, Tensor], temperature: float, counts: list[int]) -> tuple[Tensor, Tensor]:
+def formula(
+    kind: str, case: dict[str, Tensor], temperature: float, counts: list[int], negatives: str = "sum"
+) -> tuple[Tensor, Tensor]:
     """The paper's formula word by word, in float64, with loops and plain exponentials."""
     features = case["features"].double().requires_grad_()
     bank = [entries[:count].double() for entries, count in zip(case["bank"], counts, strict=True)]
@@ -61,7 +63,8 @@ def formula(kind: str, case: dict[str, Tensor], temperature: float, counts: list
         c, x = int(case["labels"][b, row, column]), features[b, :, row, column]
         if not 0 <= c < len(bank) or (kind == "high_level" and counts[c] == 0):
             continue
-        negative = sum((similarity(x, bank[k]).sum() for k in range(len(bank)) if k != c), start=torch.zeros(()))
+        others = torch.cat([similarity(x, bank[k]) for k in range(len(bank)) if k != c])
+        negative = others.sum() if negatives == "sum" else others.mean()
         if kind == "high_level":
             positive = similarity(x, bank[c])
         else:
@@ -102,13 +105,14 @@ def test_contrast_is_not_the_hand_computed_value(kind: str) -> None:
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
 @pytest.mark.parametrize("counts", [[5, 5, 5, 5], [5, 1, 0, 3]])
+@pytest.mark.parametrize("negatives", ["sum", "mean"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_or_counts_change_the_formula(kind: str, counts: list[int], chunk_size: int) -> None:
+def test_chunks_or_counts_change_the_formula(kind: str, negatives: str, counts: list[int], chunk_size: int) -> None:
     case = random_case()
     case["labels"][0, 0, :2] = torch.tensor([255, -1])  # not anchors, whatever the mask says
     case["mask"][0, 0, :2] = True
-    result = contrast(kind, case, counts=torch.tensor(counts), chunk_size=chunk_size)
-    assert_same(result, formula(kind, case, 0.1, counts))
+    result = contrast(kind, case, counts=torch.tensor(counts), chunk_size=chunk_size, negatives=negatives)
+    assert_same(result, formula(kind, case, 0.1, counts, negatives))
 
 
 @pytest.mark.parametrize("counts", [[5, 5, 5, 5], [5, 1, 0, 3]])
@@ -229,9 +233,18 @@ def test_step_without_anchors_is_nan_or_has_no_graph(kind: str, reason: str) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_class_only_has_no_negatives_and_is_nan(kind: str) -> None:
+def test_a_mean_of_negatives_depends_on_how_often_each_is_there(kind: str) -> None:
+    case = random_case()
+    twice = case | {"bank": case["bank"].repeat(1, 2, 1)}
+    assert_same(contrast(kind, twice, negatives="mean"), contrast(kind, case, negatives="mean"))
+    assert contrast(kind, twice)[0] > contrast(kind, case)[0], "a sum does"
+
+
+@pytest.mark.parametrize("negatives", ["sum", "mean"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_class_only_has_no_negatives_and_is_nan(kind: str, negatives: str) -> None:
     case = random_case(classes=1, batch=1)
-    loss, gradient = contrast(kind, case, temperature=0.01)
+    loss, gradient = contrast(kind, case, temperature=0.01, negatives=negatives)
     assert loss == 0
     assert (gradient == 0).all()
 

@@ -291,6 +291,11 @@ class ContrastiveConfig(Section):
     low_weight: Weight = Field(0.1, description="weight of the term `low_level`; 0: not computed")
     high_temperature: Rate = Field(0.1, description="temperature of `high_level`")
     low_temperature: Rate = Field(0.5, description="temperature of `low_level`")
+    negatives: Literal["sum", "mean"] = Field(
+        "sum",
+        description="over the bank entries of other classes, in both terms; sum: the paper; mean: pixels that are "
+        "placed well are let go",
+    )
     confidence: Probability = Field(
         0.75, description="at or above: a pixel is reliable (`high_level`); below: unreliable"
     )

@@ -6,7 +6,7 @@ nothing is kept for the backward pass and nothing is computed twice.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ MIN_NORM = 1e-8
 
 Bank = Tensor | Sequence[Tensor]  # one bank, or several that are used together
 Counts = Tensor | Sequence[Tensor] | None
+Negatives = Literal["sum", "mean"]
 
 
 def high_level_contrast(
@@ -33,6 +34,7 @@ def high_level_contrast(
     bank: Bank,
     *,
     temperature: float,
+    negatives: Negatives = "sum",
     counts: Counts = None,
     max_anchors: int | None = None,
     generator: torch.Generator | None = None,
@@ -50,6 +52,7 @@ def high_level_contrast(
         mask: (B, h, w) bool, True where the pixel is an anchor.
         bank: (C, K, D) float, the memory bank, or several of them used together.
         temperature: t > 0; safe down to 0.01.
+        negatives: "mean" puts the mean over entries n in the place of the sum.
         counts: (C,) int64, filled entries per class, stored from index 0; one tensor for each bank. None: all
             are filled. Anchors of a class without entries are left out; such a class supplies no negatives.
         max_anchors: draw so many anchors, the same number of each class as far as there are; None: all.
@@ -62,15 +65,16 @@ def high_level_contrast(
     Raises:
         ValueError: shapes do not fit together.
     """
-    entries = _entries(bank, counts, features=features, labels=labels, mask=mask)
+    entries = _entries(bank, counts, negatives, features=features, labels=labels, mask=mask)
     anchors = _choose_anchors(labels, mask, entries.filled.any(dim=1), max_anchors, generator)
 
     def chunk(anchor: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         similarity, own = _similarities(anchor, anchors.classes[at], entries, temperature)
         positives = similarity.gather(1, own)  # (n, K)
         is_positive = entries.filled[anchors.classes[at]]
-        negatives, share = _log_sum_exp(similarity.scatter_(1, own, ABSENT))
-        gap = negatives[:, None] - positives  # -log(e^p / (e^p + e^n)) = softplus(n - p)
+        others, share = _log_sum_exp(similarity.scatter_(1, own, ABSENT))
+        others = others - entries.log_divisor[anchors.classes[at]]
+        gap = others[:, None] - positives  # -log(e^p / (e^p + e^n)) = softplus(n - p)
         weight = is_positive * (anchors.weights[at] / is_positive.sum(dim=1).clamp(min=1))[:, None]
         slope = gap.sigmoid() * weight
         # d loss / d similarity: entries of other classes share what the positives of the anchor lose.
@@ -88,6 +92,7 @@ def low_level_contrast(
     bank: Bank,
     *,
     temperature: float,
+    negatives: Negatives = "sum",
     counts: Counts = None,
     max_anchors: int | None = None,
     generator: torch.Generator | None = None,
@@ -106,6 +111,7 @@ def low_level_contrast(
         mask: (B, h, w) bool, True where the pixel is an anchor.
         bank: (C, K, D) float, or several of them whose entries all are negatives (the paper: both students').
         temperature: t > 0; safe down to 0.01.
+        negatives: "mean" puts the mean over entries n in the place of the sum.
         counts: (C,) int64, filled entries per class, stored from index 0; one tensor for each bank. None: all
             are filled. A class without entries supplies no negatives; its anchors are kept.
         max_anchors: draw so many anchors, the same number of each class as far as there are; None: all.
@@ -118,7 +124,7 @@ def low_level_contrast(
     Raises:
         ValueError: shapes do not fit together.
     """
-    entries = _entries(bank, counts, features=features, labels=labels, mask=mask)
+    entries = _entries(bank, counts, negatives, features=features, labels=labels, mask=mask)
     if peer_features.shape != features.shape:
         shapes = f"{tuple(features.shape)} and {tuple(peer_features.shape)}"
         raise ValueError(f"contrast: features of student and peer have shapes {shapes}; expected the same")
@@ -128,8 +134,9 @@ def low_level_contrast(
     def chunk(anchor: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         similarity, own = _similarities(anchor, anchors.classes[at], entries, temperature)
         positive, _ = _unit_length(_at(peer_features.detach(), anchors.pixels[at]))
-        negatives, share = _log_sum_exp(similarity.scatter_(1, own, ABSENT))
-        gap = negatives - (anchor * positive).sum(dim=1) / temperature
+        others, share = _log_sum_exp(similarity.scatter_(1, own, ABSENT))
+        others = others - entries.log_divisor[anchors.classes[at]]
+        gap = others - (anchor * positive).sum(dim=1) / temperature
         slope = gap.sigmoid() * anchors.weights[at]
         gradient = slope[:, None] * (share @ entries.vectors - positive) / temperature
         return (F.softplus(gap) * anchors.weights[at]).sum(), gradient
@@ -138,11 +145,13 @@ def low_level_contrast(
 
 
 class _Entries(NamedTuple):
-    """vectors: (C*K, D) float32 of length 1. filled: (C, K) bool. bias: (C*K,) float32, 0 or ABSENT."""
+    """vectors: (C*K, D) float32 of length 1. filled: (C, K) bool. bias: (C*K,) float32, 0 or ABSENT. log_divisor: (C,)
+    float32, of the sum over the entries of other classes than each."""
 
     vectors: Tensor
     filled: Tensor
     bias: Tensor
+    log_divisor: Tensor
 
 
 class _Anchors(NamedTuple):
@@ -162,7 +171,9 @@ def _unit_length(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * inverse, inverse
 
 
-def _entries(bank: Bank, counts: Counts, *, features: Tensor, labels: Tensor, mask: Tensor) -> _Entries:
+def _entries(
+    bank: Bank, counts: Counts, negatives: Negatives, *, features: Tensor, labels: Tensor, mask: Tensor
+) -> _Entries:
     """Join the banks along K. Raises ValueError where shapes do not fit together."""
     banks = [bank] if isinstance(bank, Tensor) else list(bank)
     per_bank: list[Tensor | None] = [None] * len(banks)
@@ -186,7 +197,9 @@ def _entries(bank: Bank, counts: Counts, *, features: Tensor, labels: Tensor, ma
     is_filled = torch.cat(filled, dim=1)
     vectors, _ = _unit_length(torch.cat(banks, dim=1).detach())
     bias = torch.zeros_like(is_filled, dtype=torch.float32).masked_fill_(~is_filled, ABSENT)
-    return _Entries(vectors.flatten(0, 1), is_filled, bias.flatten())
+    others = (is_filled.sum() - is_filled.sum(dim=1)).clamp(min=1)  # (C,), entries of other classes
+    divisor = others if negatives == "mean" else torch.ones_like(others)
+    return _Entries(vectors.flatten(0, 1), is_filled, bias.flatten(), divisor.float().log())
 
 
 def _choose_anchors(
