@@ -1,6 +1,7 @@
 """The benchmarks run from the command line, and their tables and files agree. No clock is tested."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,8 +14,13 @@ import torch
 from benchmarks.ceiling import RightlyTaught
 from benchmarks.measure import Column, _cell, in_turn, median_ratio, peak_memory
 from benchmarks.photographs import write_dataset
+from benchmarks.pull import Anchors, pull
 from data.demo import make_demo_dataset
-from model import build_networks
+from model import CrossTeacher, build_networks
+from model.memory_bank import MemoryBank
+from tests.conftest import tiny_records
+from utils.checkpoint import save_checkpoint
+from utils.config import dump_config
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -171,6 +177,47 @@ def test_ceiling_says_what_it_taught_and_no_other_command_continues_it(tmp_path:
     refused = train("cross_teacher_contr.py", *options, "utils.log_per_iter=1")
     assert refused.returncode == 2
     assert "'pseudo_labels': 'truth'" in refused.stderr
+
+
+def test_pull_is_the_share_of_the_greatest_force():
+    # One anchor of class 0, similarity 1 to its positive and 0 to each of two negatives, temperature 0.5.
+    bank = MemoryBank(2, 2, 2)
+    bank.entries[0, 0], bank.entries[1] = torch.tensor([3.0, 0.0]), torch.tensor([[0.0, 0.5], [0.0, 2.0]])
+    bank.counts[:] = torch.tensor([1, 2])
+    features = torch.tensor([5.0, 0.0]).view(1, 2, 1, 1)
+    one, is_anchor = torch.zeros(1, 1, 1, dtype=torch.long), torch.ones(1, 1, 1, dtype=torch.bool)
+    for peer_features in (None, features):
+        anchors = Anchors([bank], temperature=0.5)
+        anchors.add(features, one, is_anchor, peer_features=peer_features)
+        assert (anchors.mean("attracts"), anchors.mean("repels")) == (1, 0)
+        assert anchors.mean("sum") == pytest.approx(2 / (2 + math.exp(2)))
+        assert anchors.mean("mean") == pytest.approx(1 / (1 + math.exp(2)))
+    anchors.add(features, one, ~is_anchor)
+    assert anchors.mean("attracts") == 1, "what is no anchor does not count"
+
+
+def test_pull_fills_empty_banks_and_tells_of_both_terms(tiny_config, tmp_path: Path):
+    root = make_demo_dataset(tmp_path / "data", size=(48, 48), labeled=6, unlabeled=4, val=2)
+    lists = {split: f"splits/{split}.txt" for split in ("labeled", "unlabeled")} | {
+        "val": "ImageSets/Segmentation/val.txt"
+    }
+    dataset = {"root": str(root), "num_classes": 7, **lists}
+    config = tiny_config(dataset=dataset, training__contrastive__direction="none")
+    method = CrossTeacher(build_networks(config), config, labeled_samples=4)
+    text = json.dumps(dump_config(config))
+    save_checkpoint(tmp_path / "checkpoint.pth", tiny_records(method=method.state_dict(), config=text))
+    table = pull(tmp_path, batches=2)
+    assert table == pull(tmp_path, batches=2)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "_level" in line]
+    assert [row[0] for row in rows] == ["high_level", "low_level"]
+    for _, attracts, repels, with_sum, with_mean in rows:
+        assert -1 <= float(attracts) <= 1
+        assert -1 <= float(repels) <= 1
+        assert 0 < float(with_mean) < float(with_sum) <= 1
+    without = dump_config(tiny_config(training__unlabeled__train_unlabeled=False))
+    save_checkpoint(tmp_path / "checkpoint.pth", tiny_records(config=json.dumps(without)))
+    with pytest.raises(UserError, match="without unlabeled images"):
+        pull(tmp_path, batches=1)
 
 
 def test_peak_memory_is_exact_and_knows_what_an_operation_needs_inside():
