@@ -43,8 +43,8 @@ class Finished(NamedTuple):
     step: int
 
     def batches(self, stream: str, count: int) -> Iterator[Batch]:
-        """The last ones that it trained on, of "labeled" or "unlabeled" images."""
-        start = self.config.training.num_iterations - count
+        """The last ``count`` that it trained on, of "labeled" or "unlabeled" images, or all if there were fewer."""
+        start = max(0, self.config.training.num_iterations - count)
         return (batch.to(CPU) for batch in training_loader(self.files, stream, start_step=start))
 
 
