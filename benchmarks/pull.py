@@ -51,8 +51,10 @@ class Finished(NamedTuple):
 def load_finished(folder: Path, *, batches: int) -> Finished:
     """The last checkpoint of a run's folder; its banks are filled from so many batches if they are empty.
 
-    Raises UserError: a run without unlabeled images.
+    Raises UserError: less than one batch, or a run without unlabeled images.
     """
+    if batches < 1:
+        raise UserError(f"--batches {batches}: expected at least 1")
     checkpoint = load_checkpoint(folder / "checkpoint.pth")
     values = ["pretrained=none", "training.precision=fp32"]
     values += [f"training.contrastive.{name}=1" for name in ("high_weight", "low_weight")]

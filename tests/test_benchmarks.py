@@ -214,6 +214,8 @@ def test_pull_fills_empty_banks_and_tells_of_both_terms(tiny_config, tmp_path: P
         assert -1 <= float(attracts) <= 1
         assert -1 <= float(repels) <= 1
         assert 0 < float(with_mean) < float(with_sum) <= 1
+    with pytest.raises(UserError, match="at least 1"):
+        pull(tmp_path, batches=0)
     without = dump_config(tiny_config(training__unlabeled__train_unlabeled=False))
     save_checkpoint(tmp_path / "checkpoint.pth", tiny_records(config=json.dumps(without)))
     with pytest.raises(UserError, match="without unlabeled images"):
