@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.datasets import DatasetFiles
-from data.decode import IMAGE_FORMATS, read_image, read_label
+from data.decode import IMAGE_FORMATS, bits_per_channel, read_image, read_label
 from data.report import SHOWN, CropFacts, ListFacts, Report, count_text, size_text, some_text, spans_text
 from utils.config import CITYSCAPES_IDS, Config, parse_size
 from utils.errors import UserError
@@ -51,7 +51,7 @@ _PROBLEMS = {
     "damaged label": "label maps that cannot be decoded: {}. " + _FETCH,
     "label mode": "label maps that hold no class ids: {}. "
     "Expected 8-bit gray or palette PNGs; convert colors or 16-bit values to ids first",
-    "16-bit image": "16-bit gray images: {}. All values above 255 would be read as white; convert them to 8 bits",
+    "deep image": "images of more than 8 bits a channel: {}. Convert them to 8 bits, all in the same way",
     "size": "label maps of another size than their image (width x height): {}. They must agree; export them again",
     "turned": "images whose EXIF orientation says that they are to be turned, which is not done here: {}. "
     "If the label maps were drawn on turned images, apply the orientation to the image files",
@@ -84,6 +84,7 @@ def check_dataset(config: Config) -> Report:
         _judge_coverage(one, config, errors, notes)
     if crops:
         _judge_crops(crops, notes)
+    notes += _unlike_palettes(survey)
     notes += _shared_images(survey)
     seen, mapped = np.flatnonzero(survey.needed_ids.pixels).tolist(), config.data.label_ids
     unmapped = [index for index in seen if index not in mapped] if mapped else []
@@ -162,6 +163,7 @@ class _File:
     digest: bytes = b""
     turned: bool = False
     pixels: np.ndarray | None = None  # (256,) int64: pixels of each id in a label map
+    palette: bytes = b""  # of a label map, 3 bytes an id
 
 
 def _read_all(jobs: list[tuple[Path, Path]]) -> Iterator[tuple[_File, _File]]:
@@ -218,7 +220,7 @@ def _inspect_file(path: Path, *, is_label: bool) -> _File:
         return _File("damaged", detail=error.strerror or str(error))
     if not content:
         return _File("empty")
-    size, mode, kind, turned = _header(content)
+    size, mode, kind, turned, bits, palette = _header(content)
     facts: dict[str, Any] = {"size": size, "mode": mode}
     if is_label and kind == "PNG" and mode not in ("L", "P"):
         return _File("label mode", detail=f"mode {_MODES.get(mode, mode)}", **facts)
@@ -227,9 +229,10 @@ def _inspect_file(path: Path, *, is_label: bool) -> _File:
         return _File("damaged", detail=f"a {kind} file{losses}; expected PNG", **facts)
     try:
         if is_label:
-            return _File(pixels=np.bincount(read_label(path).ravel(), minlength=256), **facts)
-        if mode.startswith(("I", "F")):
-            return _File("16-bit image", digest=sha256(content).digest(), turned=turned, **facts)
+            return _File(pixels=np.bincount(read_label(path).ravel(), minlength=256), palette=palette, **facts)
+        if bits > 8:
+            detail = f"mode {_MODES.get(mode, mode)}, {bits} bits"
+            return _File("deep image", detail=detail, digest=sha256(content).digest(), turned=turned, **facts)
         read_image(path)
     except _DECODING as error:
         reason = str(error).removeprefix(f"{path}: ").replace(str(path), path.name)
@@ -237,15 +240,18 @@ def _inspect_file(path: Path, *, is_label: bool) -> _File:
     return _File(digest=sha256(content).digest(), turned=turned, **facts)
 
 
-def _header(content: bytes) -> tuple[tuple[int, int] | None, str, str, bool]:
-    """(width, height), Pillow's mode and format, and whether EXIF asks for a turn; nothing where unreadable."""
+def _header(content: bytes) -> tuple[tuple[int, int] | None, str, str, bool, int, bytes]:
+    """(width, height), Pillow's mode and format, whether EXIF asks for a turn, bits of a channel, and 3 bytes for each
+    color of a palette; nothing where unreadable."""
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             # In a PNG this could stand behind the pixels, which would have to be decoded; a TIFF is decoded turned.
             orientation = 1 if image.format in ("PNG", "TIFF") else image.getexif().get(0x0112, 1)
-            return image.size, image.mode, image.format or "", orientation in range(2, 9)
+            palette = image.palette.getdata()[1] if image.mode == "P" and image.palette else b""
+            turned = orientation in range(2, 9)
+            return image.size, image.mode, image.format or "", turned, bits_per_channel(image), bytes(palette)
     except _DECODING:
-        return None, "", "", False
+        return None, "", "", False, 8, b""
 
 
 # ---------------------------------------------------------------------------------------------------- gathering
@@ -295,6 +301,7 @@ class _Survey:
         self.modes: dict[str, Counter[str]] = {one.name: Counter() for one in lists}
         self.training_sizes: Counter[tuple[int, int]] = Counter()
         self.same_bytes: dict[bytes, list[str]] = defaultdict(list)
+        self.ids_of_color: dict[bytes, dict[int, Path]] = defaultdict(dict)  # color -> id -> a label map that has both
         self._problems: dict[tuple[str, bool], _Problem] = defaultdict(_Problem)  # key: kind, only of hidden labels
 
     def add(self, identifier: str, image: _File, label: _File) -> None:
@@ -326,6 +333,11 @@ class _Survey:
                 self.ids[name].add(label.pixels, label_path)
         if label.pixels is not None:
             (self.hidden_ids if hidden else self.needed_ids).add(label.pixels, label_path)
+            ids = np.flatnonzero(label.pixels).tolist()
+            colors = Counter(color := [label.palette[3 * i : 3 * i + 3] for i in ids])
+            for index, one in zip(ids, color, strict=True):
+                if one and colors[one] == 1:
+                    self.ids_of_color[one].setdefault(index, label_path)
 
     def short(self, path: Path) -> str:
         return path.relative_to(self.files.root).as_posix()
@@ -472,7 +484,7 @@ def _judge_coverage(one: ListFacts, config: Config, errors: list[str], notes: li
                 f"expected pixels of some class; {fix}"
             )
         return
-    is_one = sum(map(bool, one.class_pixels)) == 1 < config.num_classes
+    is_one = sum(map(bool, one.class_pixels)) == 1
     if one.name == "labeled" and is_one and not errors:  # else said already
         (only,) = (f"{index} {config.data.class_names[index]}" for index, n in enumerate(one.class_pixels) if n)
         errors.append(
@@ -528,6 +540,22 @@ def _shared_images(survey: _Survey) -> list[str]:
                 f"byte-identical images {what}: {len(found)}. Keep one id of each{pairs(found[:SHOWN])}{more}"
             )
     return messages
+
+
+def _unlike_palettes(survey: _Survey) -> list[str]:
+    """A warning where palettes give one color to several ids, as programs do that make a palette for each file."""
+    several = {color: ids for color, ids in survey.ids_of_color.items() if len(ids) > 1}
+    if not several:
+        return []
+    shown = [
+        f"color {tuple(color)}: " + ", ".join(f"id {index} in {survey.short(path)}" for index, path in ids.items())
+        for color, ids in ((color, dict(list(ids.items())[:SHOWN])) for color, ids in list(several.items())[:SHOWN])
+    ]
+    title = (
+        f"colors of the label maps' palettes that are another id in another file: {len(several)}. Did a program make a "
+        "palette for each file? Then ids mean nothing, and colors must be converted to ids, as docs/datasets.md shows"
+    )
+    return ["\n  ".join([title, *shown])]
 
 
 def _from_one(classes: int) -> str:

@@ -111,7 +111,7 @@ class DatasetFiles:
                 raise UserError(
                     f"the label maps of the {split} list hold nothing but ignore_label; nothing could be learned"
                 )
-            if split == "labeled" and len(classes) == 1 < self.config.num_classes:
+            if split == "labeled" and len(classes) == 1:
                 raise UserError(
                     f"the label maps of the labeled list hold class {min(classes)} alone, besides ignore_label "
                     f"{self.config.ignore_label}: nothing to tell apart. Masks of 0 and 255? Use "

@@ -4,7 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from utils.errors import UserError
 
@@ -19,8 +20,8 @@ def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
     upright: turned as its EXIF orientation says, as viewers show it, not as it is stored, which label maps fit.
     """
     with _open(path) as image:  # of a file of several, the first
-        if image.mode.startswith(("I", "F")):  # clipped, every value above 255 would be white
-            raise UserError(f"{path}: an image of mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
+        if (bits := bits_per_channel(image)) > 8:  # Pillow would clip them, or keep the high byte of each alone
+            raise UserError(f"{path}: an image of mode {image.mode}, {bits} bits a channel; convert it to 8 bits")
         decoded = _decode(image, path, "RGB")
         if upright:
             with suppress(Exception):  # damaged EXIF data can raise anything, and viewers show such an image as stored
@@ -29,14 +30,31 @@ def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
 
 
 def read_label(path: Path) -> np.ndarray:
-    """(H,W) uint8 ids as stored in a gray or palette PNG (VOC's own files are palette PNGs)."""
+    """(H,W) uint8 ids as stored in a gray or palette PNG (VOC's own files are palette PNGs), also of 2 or 4 bits."""
     with _open(path, formats=("PNG",)) as image:  # a JPEG's losses would change ids
         if image.mode not in ("P", "L"):
             raise UserError(
                 f"{path}: a label map must be an 8-bit gray or palette PNG holding class ids, found mode {image.mode}; "
                 "convert its colors to ids first"
             )
-        return np.array(_decode(image, path, image.mode))
+        bits = bits_per_channel(image)
+        ids = np.array(_decode(image, path, image.mode))
+        return ids // (255 // (2**bits - 1)) if image.mode == "L" and bits < 8 else ids  # which Pillow had spread
+
+
+def bits_per_channel(image: ImageFile.ImageFile) -> int:
+    """Of an image that was opened, but not decoded; 8 where the mode tells nothing else."""
+    if (
+        image.format == "PNG" and image.fp is not None
+    ):  # behind signature, length and name of the first chunk, width and height
+        place = image.fp.tell()
+        image.fp.seek(24)
+        bits = image.fp.read(1)[0]
+        image.fp.seek(place)
+        return int(bits)
+    if isinstance(image, TiffImageFile):
+        return max(image.tag_v2.get(BITSPERSAMPLE, (8,)))
+    return {"I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -45,7 +63,7 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def _open(path: Path, *, formats: tuple[str, ...] = IMAGE_FORMATS) -> Image.Image:
+def _open(path: Path, *, formats: tuple[str, ...] = IMAGE_FORMATS) -> ImageFile.ImageFile:
     try:
         image = Image.open(path, formats=formats)
     except FileNotFoundError:

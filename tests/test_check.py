@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 import data.check
 from data import DatasetFiles
 from data.check import Report, check_dataset
+from data.decode import read_image
 from tests.conftest import tiny_values
 from utils.config import CITYSCAPES_IDS, Config, check_config
 from utils.errors import UserError
@@ -299,11 +301,27 @@ def test_images_of_other_formats_are_checked_as_any(check, root: Path, ending: s
     assert (report.errors, report.warnings) == ([], [])
 
 
-def test_sixteen_bit_images_that_would_be_read_as_white_are_an_error(check, root: Path):
+@pytest.mark.parametrize("shape", [(50, 60), (50, 60, 3)], ids=["gray", "RGB"])
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bit_images_are_an_error(check, root: Path, shape: tuple[int, ...], ending: str):
     for index, name in enumerate(IDS):
-        Image.fromarray(np.full((50, 60), 1000 + index, dtype=np.uint16)).save(root / f"JPEGImages/{name}.png")
-    message = only(check(dataset__images="JPEGImages/{id}.png").errors)
-    assert "16-bit gray images: 8. All values above 255 would be read as white; convert" in message
+        cv2.imwrite(str(root / f"JPEGImages/{name}.{ending}"), np.full(shape, 1000 + index, dtype=np.uint16))
+    message = only(check(dataset__images=f"JPEGImages/{{id}}.{ending}").errors)
+    assert "images of more than 8 bits a channel: 8. Convert them to 8 bits" in message
+    with pytest.raises(UserError, match="16 bits a channel"):
+        read_image(root / f"JPEGImages/picture_0.{ending}")
+
+
+def test_palettes_that_give_a_color_to_another_id_in_each_file_are_warned_of(check, root: Path):
+    red, blue, gray = [200, 0, 0], [0, 0, 200], [9, 9, 9]
+    for index, name in enumerate(("picture_0", "picture_1")):
+        label = Image.fromarray(np.tile(np.uint8([0, 1, 1]), (50, 20)))
+        label.putpalette([*(red, blue)[index], *(blue, red)[index], *gray, *gray])
+        label.save(root / f"SegmentationClassAug/{name}.png")
+    warning = next(one for one in check().warnings if "palettes" in one)
+    assert "another id in another file: 2. Did a program make a palette for each file?" in warning
+    labels = [f"SegmentationClassAug/picture_{index}.png" for index in (0, 1)]
+    assert f"color (200, 0, 0): id 0 in {labels[0]}, id 1 in {labels[1]}" in warning
 
 
 def test_an_exif_rotation_is_warned_of(check, root: Path):

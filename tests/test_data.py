@@ -1,5 +1,7 @@
 """Datasets on disk: lists, splits, damaged files, joint geometry, and streams that do not depend on who loads them."""
 
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,6 +243,17 @@ def test_palette_labels_are_read_as_ids(tmp_path: Path):
     image.save(tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").mode == "P"
     assert read_label(tmp_path / "a.png").tolist() == [[0, 1], [20, 255]]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gray_ids_of_few_bits_are_read_as_stored(tmp_path: Path, bits: int):
+    ids = np.arange(2**bits, dtype=np.uint8)
+    values = np.unpackbits(ids[:, None], axis=1)[:, 8 - bits :]  # the highest bit first, as PNG packs them
+    header = struct.pack(">IIBBBBB", len(ids), 1, bits, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + np.packbits(values).tobytes())), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert read_label(tmp_path / "a.png").tolist() == [ids.tolist()]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "I;16"])
