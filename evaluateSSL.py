@@ -1,9 +1,10 @@
 """Evaluate a checkpoint, ours or the authors' release's: python3 evaluateSSL.py --model-path CHECKPOINT."""
 
 import sys
+from contextlib import suppress
 
 from utils.cli import data_overrides, evaluation_folder, evaluation_parser
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 
 
 def main() -> int:
@@ -28,6 +29,9 @@ def main() -> int:
     inference = inference_for(config, args.protocol, scales=tuple(args.scales), flip=args.flip)
     files = DatasetFiles(config)
     files.check_files(args.split, labels=True)
+    if args.split in ("val", "test"):
+        with suppress(UserError):  # the training lists need not be here
+            files.warn_of_trained_images(args.split)
     output = args.output or path.parent / evaluation_folder(args, path)
     if args.output is None:
         refuse_other_images(output, files.split_hash(args.split))

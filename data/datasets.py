@@ -117,16 +117,18 @@ class DatasetFiles:
                     f"{self.config.ignore_label}: nothing to tell apart. Masks of 0 and 255? Use "
                     "dataset.label_ids: [0, 255]"
                 )
-        self._warn_of_shared_images()
+        self.warn_of_trained_images("val")
 
-    def _warn_of_shared_images(self) -> None:
-        val = set(self.ids("val"))
-        trained = set(self.ids("labeled"))
-        trained |= set(self.ids("unlabeled")) if self.config.training.unlabeled.train_unlabeled else set()
-        if shared := sorted(val & trained):
+    def warn_of_trained_images(self, split: str) -> None:
+        """A warning where images of a split that is to judge a model are in its training lists."""
+        judged = set(self.ids(split))
+        lists = [source for source in (self.block.train, self.block.labeled, self.block.unlabeled) if source]
+        alone = not self.config.training.unlabeled.train_unlabeled
+        trained = set(self.ids("labeled")) if alone else set().union(*map(self._read_ids, lists))
+        if shared := sorted(judged & trained):
             warnings.warn(
-                f"{len(shared)} of {len(val)} validation images are training images too, for example {shared[0]}: "
-                "validation scores will not tell how well new images are segmented",
+                f"{len(shared)} of {len(judged)} {split} images are training images too, for example {shared[0]}: "
+                f"{split} scores do not tell how well new images are segmented",
                 stacklevel=3,
             )
 

@@ -115,7 +115,7 @@ def test_a_bad_label_of_a_validation_image_is_found_before_training(config, root
 
 def test_validation_on_training_images_is_said(config, root: Path):
     write(root / "ImageSets/Segmentation/val.txt", "picture_0\npicture_6")
-    with pytest.warns(UserWarning, match="1 of 2 validation images are training images too, for example picture_0"):
+    with pytest.warns(UserWarning, match="1 of 2 val images are training images too, for example picture_0"):
         DatasetFiles(config()).check_for_training()
 
 

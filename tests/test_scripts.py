@@ -146,6 +146,8 @@ def test_train_resume_and_evaluate_by_command(tmp_path: Path, demo: Path, networ
     assert hidden.returncode == 0, hidden.stderr
     later = run("evaluateSSL.py", "-m", folder, "--split", "test", "--set", "dataset.test=splits/labeled.txt")
     assert later.returncode == 0, later.stderr
+    said = [("test images are training images too" in one.stderr) for one in (evaluated, hidden, later)]
+    assert said == [False, False, True]
     assert "split test" in next(folder.glob("evaluation-test-original-best_model-set_????????/result.txt")).read_text()
     moved = shutil.copytree(demo, tmp_path / "moved")
     listed = moved / "ImageSets/Segmentation/val.txt"
