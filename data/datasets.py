@@ -4,6 +4,7 @@ import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -264,7 +265,7 @@ class DatasetFiles:
                 raise UserError(f"{source}: a pattern is matched below {self.root} and must not leave it")
             before, after = self.block.images.split("{id}")[:2]
             try:
-                paths = list(self.root.glob(f"{before}{source}{after}"))
+                paths = list(self.root.glob(f"{escape(before)}{source}{escape(after)}"))
             except (NotImplementedError, ValueError) as error:
                 raise UserError(f"{before}{source}{after}: no pattern of files below {self.root} ({error})") from None
             found = sorted(path.relative_to(self.root).as_posix() for path in paths)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -16,16 +17,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.decode import IMAGE_ENDINGS, image_size, read_label
-from data.photos import find_images
+from data.photos import find_files
 from data.report import spans_text
-from data.splits import count_of, draw_order, hash_of, import_ids, line_reader, parse_amount, write_ids
+from data.splits import count_of, draw_order, hash_of, import_ids, line_reader, parse_amount, read_lines, write_ids
 from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 LARGEST_CROP = 321  # the release's, for VOC
 NAME_FILES = ("classes.json", "classes.txt", "labels.txt", "names.txt")
 ROLES = ("unlabeled", "labeled", "train", "val", "test")  # "unlabeled" first: it contains "labeled"
-SPELLINGS = {"val": ("valid", "validation"), "unlabeled": ("unlabelled",), "labeled": ("labelled",)}
+SPELLINGS = {
+    "unlabeled": ("unlabelled",), "labeled": ("labelled",), "train": ("training",), "val": ("valid", "validation"),
+    "test": ("testing",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,13 @@ def describe(
         values = json.loads((PROJECT / "configs" / f"{preset}.json").read_text(encoding="utf-8"))
         return Description(values | {"data_root": str(root)}, [f"layout              as configs/{preset}.json has it"])
     layout = find_layout(root)
+    if unlisted := [
+        one for one in layout.pairs + layout.alone if one.startswith("#") or one.splitlines() != [one.strip()]
+    ]:
+        raise UserError(
+            f"{root}: {len(unlisted)} names cannot stand in a list, for example {unlisted[0]!r}: they begin with #, or "
+            "begin or end with a space, or hold a line break. Rename these files"
+        )
     found = Description({}, [
         f"images              {layout.images}: {len(layout.pairs) + len(layout.alone)}",
         f"label maps          {layout.labels}: {len(layout.pairs)}",
@@ -152,7 +163,7 @@ Place = tuple[str, str]  # (folder below root, "" for root itself; file ending)
 def _families(root: Path) -> tuple[dict[Place, list[str]], dict[Place, list[str]]]:
     """Photographs and label maps: place -> ids below it. Each file counts for every folder above it."""
     folders: dict[Place, list[str]] = {}
-    for path in find_images(root):
+    for path in find_files(root):
         here = path.parent.relative_to(root).as_posix()
         folders.setdefault((here, path.suffix), []).append(path.name.removesuffix(path.suffix))
     photos: dict[Place, list[str]] = {}
@@ -225,6 +236,11 @@ def _why_no_pairs(root: Path, photos: dict[Place, list[str]], masks: dict[Place,
     def count(places: dict[Place, list[str]]) -> int:
         return sum(len(ids) for (folder, _), ids in places.items() if not folder)
 
+    if not count(photos) and count(masks):
+        return (
+            f"{root}: no photographs: the {count(masks)} PNGs here are gray or palette images of few values, which are "
+            "taken for label maps. Store photographs as JPEG, or as RGB PNGs"
+        )
     if not count(photos):
         return f"{root}: no photographs ({', '.join(IMAGE_ENDINGS)}) below this folder"
     if not count(masks):
@@ -233,6 +249,15 @@ def _why_no_pairs(root: Path, photos: dict[Place, list[str]], masks: dict[Place,
             f"{root}: {count(photos)} images, but no label maps: 8-bit gray or palette PNGs of class ids. "
             f"{f'Are these some? {colored}. ' if colored else ''}Colored (RGB), 16-bit, JPEG or TIFF ones must be "
             "converted to class ids first, as docs/datasets.md shows; beside PNG images they need a folder of their own"
+        )
+    composed = [
+        {unicodedata.normalize("NFC", PurePosixPath(one).name) for ids in places.values() for one in ids}
+        for places in (photos, masks)
+    ]
+    if composed[0] & composed[1]:
+        return (
+            f"{root}: the names of photographs and label maps agree for the eye alone: their accents have two Unicode "
+            "forms (NFC and NFD, which macOS writes). Rename one kind, for example with convmv --nfc"
         )
     return (
         f"{root}: {count(photos)} photographs and {count(masks)} label maps, but no names that agree. Expected for "
@@ -263,11 +288,14 @@ def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: 
     """Names or number of classes, palette and label_ids into ``block``; returns the ignore_label."""
     paths = [root / layout.labels.replace("{id}", one) for one in layout.pairs]
     with ThreadPoolExecutor() as pool:
-        values = list(tqdm(pool.map(_values, paths), total=len(paths), unit="label map", disable=None))
-    found = sorted(set().union(*(one for one in values if one is not None)))
-    damaged = [path for path, one in zip(paths, values, strict=True) if one is None]
-    counts = Counter(value for one in values for value in one or ())
-    stray = {value for value in found if counts[value] == 1} if len(paths) >= 10 else set()
+        counts = list(tqdm(pool.map(_pixels, paths), total=len(paths), unit="label map", disable=None))
+    pixels, files = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    for one in counts:
+        if one is not None:
+            pixels, files = pixels + one, files + (one > 0)
+    found: list[int] = np.flatnonzero(pixels).tolist()
+    damaged = [path for path, one in zip(paths, counts, strict=True) if one is None]
+    stray = {value for value in found if files[value] == 1} if len(paths) >= 10 else set()
     notes.append(
         f"ids in label maps    {spans_text(set(found))}"
         + (f"; in one of {len(paths)} alone, so perhaps stray: {spans_text(stray)}" if stray else "")
@@ -275,56 +303,83 @@ def _describe_classes(root: Path, layout: Layout, block: dict[str, Any], notes: 
     )
     given = _names_in_files(root)
     if given:
-        block |= {key: given[key] for key in ("names", "palette") if given.get(key)}
-        ignore_label = given["ignore"]
-        notes.append(f"class names         {given['file']}: {len(given['names'])}")
-        meant = [one for one in found if one not in (ignore_label, 255)]
-        if len(meant) == len(given["names"]) and meant != list(range(len(meant))):  # such as ids from 1
-            block["label_ids"] = meant
-            notes.append(f"label_ids           {spans_text(set(meant))} are the classes in this order")
-        return ignore_label if ignore_label >= len(given["names"]) else 255
+        return _describe_named(given, found, stray, block, notes)
     if found == [0, 255]:
         block |= {"names": ["background", "foreground"], "label_ids": [0, 255]}
         notes.append("classes             two: 0 is background, 255 foreground")
         return 255
     ids = [one for one in found if one != 255]
-    if not ids:
-        raise UserError(f"{root}: the label maps of {layout.labels} hold nothing but 255, which is ignored")
-    if ids[-1] + 1 > 2 * len(ids) or ids[0] > 0:  # such as 0, 38, 75: gray levels; or 1, 2, 3
-        block |= {"num_classes": len(ids), "label_ids": ids}
-    else:
-        block["num_classes"] = ids[-1] + 1
-    notes.append(f'classes             {block["num_classes"]}, without names: add "names" to the configuration')
+    if len(ids) < 2:
+        held = f"{ids[0]} alone: nothing to tell apart" if ids else "nothing but 255, which is ignored"
+        raise UserError(f"{root}: the label maps of {layout.labels} hold {held}")
+    are_levels = ids[-1] + 1 > 2 * len(ids) or ids[0] > 0  # such as 0, 38, 75: gray levels; or 1, 2, 3
+    between = int(pixels[1:255].sum())
+    if (are_levels or len(ids) > 64) and len(ids) > 4 and {0, 255} <= set(found) and between < pixels[255]:
+        raise UserError(
+            f"{root}: the label maps of {layout.labels} hold 0 and 255 and, on {between / pixels.sum():.1%} of the "
+            f"pixels, {len(ids) - 1} gray levels between: masks with soft edges? Write them as 0 and 255 alone"
+        )
+    block["num_classes"] = len(ids) if are_levels else ids[-1] + 1
+    hint = "; so many may be colors turned to gray, or maps resized smoothly" if len(ids) > 64 else ""
+    if are_levels:
+        block["label_ids"] = ids
+        hint += "; 255 does not count: if it is a class too, add it to label_ids" if 255 in found else ""
+    notes.append(f'classes             {block["num_classes"]}, without names: add "names" to the configuration{hint}')
     return 255
 
 
-def _values(path: Path) -> set[int] | None:
-    """The ids of a label map, None where it cannot be read: the check will say why."""
+def _describe_named(
+    given: dict[str, Any], found: list[int], stray: set[int], block: dict[str, Any], notes: list[str]
+) -> int:
+    """Names, palette and label_ids of ``_names_in_files`` into ``block``; returns the ignore_label."""
+    block |= {key: given[key] for key in ("names", "palette") if given.get(key)}
+    count, ignore_label = len(given["names"]), given["ignore"]
+    notes.append(f"class names         {given['file']}: {count}")
+    if 0 <= ignore_label < count:  # a name for what does not count, such as void
+        kept = [index for index in range(count) if index != ignore_label]
+        block |= {key: [block[key][index] for index in kept] for key in ("names", "palette") if key in block}
+        block["label_ids"] = kept
+        notes.append(f"label_ids           all but {ignore_label} {given['names'][ignore_label]}, which does not count")
+        return 255
+    meant = [one for one in found if one not in (ignore_label, 255)]
+    beyond = {one for one in meant if one >= count}
+    if found == [0, 255] and count == 2:
+        meant, beyond = found, {255}
+    if len(meant) == count and beyond - stray:  # such as ids from 1
+        block["label_ids"] = meant
+        notes.append(f"label_ids           {spans_text(set(meant))} are the classes in this order")
+    return ignore_label if ignore_label >= count else 255
+
+
+def _pixels(path: Path) -> np.ndarray | None:
+    """(256,) int64, how many pixels of a label map have each id; None where it cannot be read: the check says why."""
     try:
-        return set(np.unique(read_label(path)).tolist())
+        return np.bincount(read_label(path).ravel(), minlength=256)
     except UserError:
         return None
 
 
 def _names_in_files(root: Path) -> dict[str, Any] | None:
     """names, and where given palette and ignore, from a file of class names at the root."""
-    path = next((root / name for name in NAME_FILES if (root / name).is_file()), None)
-    if path is None:
-        return None
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as class names ({error}); mend or remove it") from None
-    known = content if isinstance(content, dict) else {"names": [one for one in content if one]}
-    names = known.get("names", known.get("classes"))
-    if not isinstance(names, list) or not names or not all(isinstance(one, str) for one in names):
-        raise UserError(f'{path}: expected {{"names": ["first", ...]}} or a list of names; mend or remove it')
-    ignore = known.get("ignore_index", known.get("ignore_label"))
-    ignore = 255 if ignore is None else ignore
-    if not isinstance(ignore, int):
-        raise UserError(f"{path}: the label that does not count is {ignore!r}; expected a number, or none given")
-    return {"file": path.name, "names": names, "palette": known.get("palette"), "ignore": ignore}
+    for path in (root / name for name in NAME_FILES if (root / name).is_file()):
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            content = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as class names ({error}); mend or remove it") from None
+        known = content if isinstance(content, dict) else {"names": [one for one in content if one]}
+        names = known.get("names", known.get("classes"))
+        if not isinstance(names, list) or not names or not all(isinstance(one, str) for one in names):
+            raise UserError(f'{path}: expected {{"names": ["first", ...]}} or a list of names; mend or remove it')
+        if any(one.lower().endswith(IMAGE_ENDINGS) for one in names):
+            continue  # a list of images
+        names = names[1:] if names[0] == "__ignore__" else names  # labelme's line for what has no id
+        ignore = known.get("ignore_index", known.get("ignore_label"))
+        ignore = 255 if ignore is None else ignore
+        if not isinstance(ignore, int):
+            raise UserError(f"{path}: the label that does not count is {ignore!r}; expected a number, or none given")
+        return {"file": path.name, "names": names, "palette": known.get("palette"), "ignore": ignore}
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- lists
@@ -337,9 +392,10 @@ class _Lists:
         self.root, self.layout, self.folder = root, layout, folder
         self.notes, self.made, self.seed = description.notes, description.lists, description.seed
         self.known = set(layout.pairs) | set(layout.alone)
-        self.means = line_reader(sorted(self.known), pattern=layout.images)
+        self.means = line_reader(sorted(self.known), pattern=layout.images, root=root)
         self.read_as: dict[str, list[str]] = {}  # lists that name images, but not as ids
         self.not_used: list[str] = []
+        self.drawn: set[str] = set()  # for validation
         self.found = self._find()
         self.notes += [f"not used            {one}" for one in self.not_used[:3]]
         if len(self.not_used) > 3:
@@ -349,8 +405,12 @@ class _Lists:
         """The keys train or labeled and unlabeled, val, and test of a dataset's block."""
         given = labeled if labeled and (self.root / labeled).is_file() else None
         if given and not set(self._ids(given)) <= self.known:
-            self.read_as[given] = import_ids(self.root / given, sorted(self.known), pattern=self.layout.images)
+            pattern = self.layout.images
+            self.read_as[given] = import_ids(self.root / given, sorted(self.known), pattern=pattern, root=self.root)
         amount = parse_amount(labeled) if labeled and not given else None
+        given = self._only("labeled") if given is None and amount is None else given
+        beside = str(PurePosixPath(given).with_name("unlabeled.txt")) if given else None
+        unlabeled = beside if beside in self.found["unlabeled"] else self._only("unlabeled")
         held_out: set[str] = set()
         for role in ("test", "val"):
             source = self._only(role)
@@ -359,26 +419,34 @@ class _Lists:
                 self.notes.append(f"{role + ' list':<20}{source}: {len(self._ids(source))}")
                 held_out |= set(self._ids(source))
         if "val" not in block:
-            rest = [one for one in self.layout.pairs if one not in held_out]
-            order, _ = draw_order(rest, seed=self.seed)
-            drawn = sorted(order[: count_of(parse_amount(val), len(rest), what="val", round_up=True)])
+            drawn = self._draw_val(val, held_out, [set(self._ids(one)) if one else set() for one in (given, unlabeled)])
             block["val"] = self._make("val", drawn)
             held_out |= set(drawn)
+            self.drawn = set(drawn)
         train = self._only("train")
         ids = self._ids(train) if train else sorted(self.known)
-        given = self._only("labeled") if given is None and amount is None else given
-        beside = str(PurePosixPath(given).with_name("unlabeled.txt")) if given else None
-        unlabeled = beside if beside in self.found["unlabeled"] else self._only("unlabeled")
         more = self._ids(unlabeled) if unlabeled else self.layout.alone  # besides those of a list for training
         ids = [one for one in sorted({*ids, *more}) if one not in held_out]
         if left := sorted(self.known.difference(ids, held_out, self._ids(given) if given else ())):
             self.notes.append(f"not used            {len(left)} images that are in no list, for example {left[0]}")
         block |= self._labeled(ids, given, unlabeled, amount)
 
+    def _draw_val(self, amount: str, held_out: set[str], listed: list[set[str]]) -> list[str]:
+        """Validation images, of those in no list if there are any; of the unlabeled list last. listed: both lists."""
+        for taken in (listed[0] | listed[1], listed[1], set()):
+            rest = [one for one in self.layout.pairs if one not in held_out | taken]
+            if len(rest) > 1:
+                order, _ = draw_order(rest, seed=self.seed)
+                return sorted(order[: count_of(parse_amount(amount), len(rest), what="val", round_up=True)])
+        raise UserError(
+            f"{self.root}: images with a label map from which validation images can be drawn: {len(rest)}; expected at "
+            "least 2. Label more images, or write a val.txt"
+        )
+
     def _labeled(self, ids: list[str], given: str | None, source: str | None, amount: Any) -> dict[str, str]:
         """The keys labeled and unlabeled for the training ids. given, source: the lists that are there."""
         if given is not None:
-            taken = set(self._ids(given))
+            taken = set(self._ids(given)) - self.drawn
             others = [one for one in ids if one not in taken]
             unlabeled = self._named("unlabeled", source) if source else self._make("unlabeled", others)
             self.notes.append(f"labeled images      {given}: {len(taken)}")
@@ -407,30 +475,42 @@ class _Lists:
     def _find(self) -> dict[str, list[str]]:
         """role -> lists of this layout's ids below the root, shortest path first."""
         found: dict[str, list[str]] = {role: [] for role in ROLES}
-        for path in sorted(self.root.rglob("*.txt"), key=lambda path: (len(path.parts), path)):
+        for path in sorted(find_files(self.root, (".txt",)), key=lambda path: (len(path.parts), path)):
             role = next((role for role in ROLES if role in path.stem.lower().replace("labelled", "labeled")), None)
             source = path.relative_to(self.root).as_posix()
-            if role is None or any(part.startswith(".") for part in source.split("/")):
-                continue
-            if self._names_images(source, is_meant=path.stem.lower() in (role, *SPELLINGS.get(role, ()))):
+            if role and self._names_images(source, is_meant=path.stem.lower() in (role, *SPELLINGS[role])):
                 found[role].append(source)
-        for role in ("train", "val", "test"):  # else folders of these names
-            inside = [one for one in self.known if one.startswith(f"{role}/")]
-            if inside and not found[role]:
-                depths = {one.count("/") for one in inside}
-                found[role] += [role + "/*" * depth for depth in depths if len(depths) == 1]
+        folders = sorted({one.split("/")[0] for one in self.known if "/" in one})
+        for role in ROLES:  # else folders of these names
+            named = [one for one in folders if not found[role] and one.lower() in (role, *SPELLINGS[role])]
+            for folder in named:
+                depths = {one.count("/") for one in self.known if one.startswith(f"{folder}/")}
+                found[role] += [folder + "/*" * depth for depth in depths if len(depths) == 1]
         return found
 
     def _names_images(self, source: str, *, is_meant: bool) -> bool:
         """Whether all lines of a file name images; UserError for a list that is meant to be one, but for some lines."""
-        lines = self._ids(source)
-        if not lines or set(lines) <= self.known:
-            return bool(lines)
+        try:
+            lines = self._ids(source)
+        except UserError:
+            if is_meant:
+                raise
+            lines = []
+        if lines and set(lines) <= self.known:
+            return True
+        if not lines:
+            self.not_used.append(f"{source}: no line of text")
+            return False
         ids = [one for line in lines if (one := self.means(line)) is not None]
         if is_meant and len(set(ids)) == len(lines):
             self.read_as[source] = ids
             return True
         lost = [line for line in lines if self.means(line) is None]
+        if elsewhere := [line for line in lost if is_meant and (self.root / line).is_file()]:
+            raise UserError(
+                f"{self.root / source}: {len(elsewhere)} of {len(lines)} lines name files that are no image of "
+                f"{self.layout.images}, for example {elsewhere[0]}. Move all images into one folder or folders below it"
+            )
         if is_meant and 2 * len(ids) >= len(lines):
             wrong = f"{len(lost)} of {len(lines)} lines name no image, for example {lost[0]}" if lost else "doubled ids"
             raise UserError(f"{self.root / source}: {wrong}; mend this list, or give it a name that says of no list")
@@ -438,8 +518,11 @@ class _Lists:
         return False
 
     def _named(self, role: str, source: str) -> str:
-        """A list as the configuration names it: written anew where it names images not as ids."""
-        return self._make(role, self.read_as[source]) if source in self.read_as else source
+        """A list as the configuration names it: written anew if it names images not as ids, or drawn for validation."""
+        ids = self._ids(source)
+        if source in self.read_as or not self.drawn.isdisjoint(ids):
+            return self._make(role, [one for one in ids if one not in self.drawn])
+        return source
 
     def _only(self, role: str) -> str | None:
         """The one list of a role, or the one whose name is just that; None where there is none or a choice."""
@@ -458,12 +541,7 @@ class _Lists:
             return self.read_as[source]
         if "*" in source:
             return sorted(one for one in self.known if one.startswith(source.split("*")[0]))
-        path = self.root / source
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError):
-            return []
-        return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        return [line.strip() for line in read_lines(self.root / source) if line.strip() and not line.startswith("#")]
 
     def _make(self, role: str, ids: list[str]) -> str:
         """A list to be written; its path as the configuration names it."""

@@ -21,10 +21,10 @@ class Photo(NamedTuple):
     name: str
 
 
-def find_images(root: Path) -> Iterator[Path]:
-    """The image files of a folder and all below it, through links too, but none twice for a link to a folder above.
+def find_files(root: Path, endings: tuple[str, ...] = IMAGE_ENDINGS) -> Iterator[Path]:
+    """The files of a folder and all below it, through links too, but none twice for a link to a folder above.
 
-    What begins with a dot is left out.
+    endings: in lower case. What begins with a dot is left out.
     """
     for folder, below, names in os.walk(root, followlinks=True):
         here = Path(folder)
@@ -32,7 +32,7 @@ def find_images(root: Path) -> Iterator[Path]:
         below[:] = sorted(one for one in below if not one.startswith(".") and (here / one).resolve() not in above)
         for name in names:
             path = here / name
-            if path.suffix.lower() in IMAGE_ENDINGS and not name.startswith(".") and path.is_file():
+            if path.suffix.lower() in endings and not name.startswith(".") and path.is_file():
                 yield path
 
 
@@ -46,7 +46,7 @@ def find_photos(source: Path, *, output: Path) -> list[Photo]:
     if source.is_dir():
         if output.resolve() == source.resolve():
             raise UserError(f"{output}: is the folder of the photographs; choose another one for what is made of them")
-        paths = sorted(find_images(source))
+        paths = sorted(find_files(source))
         if not source.resolve().is_relative_to(output.resolve()):
             paths = [path for path in paths if not path.resolve().is_relative_to(output.resolve())]
         shown = [(path, PurePosixPath(path.relative_to(source).as_posix())) for path in paths]

@@ -29,7 +29,7 @@ def read_ids(path: Path) -> list[str]:
     Raises UserError: no text file, an id that is there twice or leaves the dataset's folder, or a list that was
     changed after its header was written.
     """
-    lines = _lines(path)
+    lines = read_lines(path)
     ids = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     twice = [one for one, count in Counter(ids).items() if count > 1]
     if twice:
@@ -159,11 +159,12 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a list of indices")
 
 
-def line_reader(known: Sequence[str], *, pattern: str) -> Callable[[str], str | None]:
+def line_reader(known: Sequence[str], *, pattern: str, root: Path) -> Callable[[str], str | None]:
     """(line of a list as other code writes it) -> the id that it means, or None.
 
     Lines are ids, or paths of images, with their label map's beside or not. known: all ids of the dataset. pattern: its
-    image paths with {id}.
+    image paths with {id}, below root. A path that leads elsewhere means the image of its name, if there is just one,
+    but not where the path is another file below root.
     """
     before, after = pattern.split("{id}")
     is_known = set(known)
@@ -171,28 +172,30 @@ def line_reader(known: Sequence[str], *, pattern: str) -> Callable[[str], str | 
     for identifier in known:
         by_name.setdefault(PurePosixPath(identifier).name, []).append(identifier)
 
-    def meant(first: str) -> str | None:
-        place = first.rfind(before) if before else 0
-        inner = first[place + len(before) :] if place >= 0 else first
-        name = PurePosixPath(first).name.removesuffix(PurePosixPath(after).name)
+    def said(path: str) -> str | None:
+        place = path.rfind(before) if before else 0
+        inner = path[place + len(before) :] if place >= 0 else path
+        return next((one for one in (path, inner.removesuffix(after), inner) if one in is_known), None)
+
+    def named(path: str) -> str | None:
+        name = PurePosixPath(path).name.removesuffix(PurePosixPath(after).name)
         stem = name.rsplit(".", 1)[0] if name.lower().endswith(IMAGE_ENDINGS) else name
-        for candidate in (first, inner.removesuffix(after), inner):
-            if candidate in is_known:
-                return candidate
-        named = by_name.get(stem, []) or by_name.get(name, [])
-        return named[0] if len(named) == 1 else None
+        found = by_name.get(stem, []) or by_name.get(name, [])
+        is_another = path.endswith(after) and (root / path).is_file()
+        return found[0] if len(found) == 1 and not is_another else None
 
     def read(line: str) -> str | None:
-        whole = line.strip().lstrip("/")  # names may hold spaces
-        return whole if whole in is_known else meant(re.split(r"[\s,;]+", whole)[0]) or meant(whole)
+        whole = line.strip().lstrip("/")
+        first = re.split(r"[\s,;]+", whole)[0]
+        return said(whole) or said(first) or named(first) or named(whole)  # the whole first: names may hold spaces
 
     return read
 
 
-def import_ids(path: Path, known: Sequence[str], *, pattern: str) -> list[str]:
+def import_ids(path: Path, known: Sequence[str], *, pattern: str, root: Path) -> list[str]:
     """The ids of a list as other code writes it, see ``line_reader``. Raises UserError naming lines that mean none."""
-    read = line_reader(known, pattern=pattern)
-    lines = [line for line in _lines(path) if line.strip() and not line.startswith("#")]
+    read = line_reader(known, pattern=pattern, root=root)
+    lines = [line for line in read_lines(path) if line.strip() and not line.startswith("#")]
     ids = [read(line) for line in lines]
     lost = [line.strip() for line, identifier in zip(lines, ids, strict=True) if identifier is None]
     if lost or not lines:
@@ -208,10 +211,9 @@ def import_ids(path: Path, known: Sequence[str], *, pattern: str) -> list[str]:
     return found
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Of a text file in UTF-8. Raises UserError for any other."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:  # ValueError: no text, or no path
-        raise UserError(
-            f"{path}: cannot read this id list ({error}); expected a text file with one id a line"
-        ) from None
+        raise UserError(f"{path}: cannot read this id list ({error}); expected UTF-8 text, one id a line") from None

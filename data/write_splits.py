@@ -62,7 +62,7 @@ def take_names(files: DatasetFiles, path: Path, *, count: int | None, output: Pa
             )
         labeled = [ids[index] for index in indices]
     else:
-        labeled = import_ids(path, ids, pattern=files.block.images)
+        labeled = import_ids(path, ids, pattern=files.block.images, root=files.root)
     if count is not None and not 0 < count <= len(labeled):
         raise UserError(f"--count {count}: {path} names {len(labeled)} images")
     labeled = labeled[:count]

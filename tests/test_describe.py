@@ -90,6 +90,39 @@ def test_folders_named_train_and_val_become_lists(tmp_path: Path):
     assert all(name.startswith("train/") for name in files.ids("labeled") + files.ids("unlabeled"))
 
 
+@pytest.mark.parametrize(("train", "val"), [("Train", "Val"), ("training", "validation"), ("train", "valid")])
+def test_folders_of_other_spellings_become_lists(tmp_path: Path, train: str, val: str):
+    for split, ids in ((train, IDS[:16]), (val, IDS[16:])):
+        for name in ids:
+            photo(tmp_path / f"root/images [v2]/{split}/{name}.jpg")
+            mask(tmp_path / f"root/masks/{split}/{name}.png", 0, 1)
+    block, files, _ = described(tmp_path / "root")
+    assert block["val"] == f"{val}/*"
+    assert files.ids("val") == [f"{val}/{name}" for name in IDS[16:]]
+
+
+def test_folders_named_labeled_and_unlabeled_become_lists_and_validation_images_are_no_unlabeled_ones(tmp_path: Path):
+    root = tmp_path / "root"
+    for split, ids in (("labeled", IDS[:8]), ("unlabeled", IDS[8:])):
+        for name in ids:
+            photo(root / f"images/{split}/{name}.jpg")
+            mask(root / f"masks/{split}/{name}.png", 0, 1)  # also of unlabeled ones, as some tools write blank maps
+    block, files, notes = described(root, val="3")
+    assert block["unlabeled"] == "unlabeled/*"
+    assert files.ids("unlabeled") == [f"unlabeled/{name}" for name in IDS[8:]]
+    assert len(files.ids("val")) == 3
+    assert sorted([*files.ids("labeled"), *files.ids("val")]) == [f"labeled/{name}" for name in IDS[:8]]
+    assert "labeled images      labeled/*: 5" in notes
+
+
+def test_validation_images_are_taken_from_no_list_where_there_are_others(tmp_path: Path):
+    pairs(tmp_path / "root")
+    (tmp_path / "root/labeled.txt").write_text("\n".join(IDS[:3]))
+    block, files, _ = described(tmp_path / "root")
+    assert (block["labeled"], files.ids("labeled")) == ("labeled.txt", IDS[:3])
+    assert set(files.ids("val")) < set(IDS[3:])
+
+
 def test_images_without_a_label_map_are_the_unlabeled_ones(tmp_path: Path):
     root = tmp_path / "root"
     for index, name in enumerate(IDS):
@@ -208,6 +241,70 @@ def test_a_list_with_a_wrong_line_is_never_passed_over(tmp_path: Path):
         described(root)
 
 
+def test_a_list_of_files_that_the_patterns_leave_out_names_no_image_of_the_same_name(tmp_path: Path):
+    root = tmp_path / "root"
+    for split, ids in (("train", IDS), ("val", IDS[:4])):
+        for name in ids:
+            photo(root / f"{split}/images/{name}.jpg")
+            mask(root / f"{split}/masks/{name}.png", 0, 1)
+    (root / "val.txt").write_text("".join(f"val/images/{name}.jpg\n" for name in IDS[:4]))
+    with (
+        pytest.warns(UserWarning, match="4 photographs are left out"),
+        pytest.raises(
+            UserError, match=r"val\.txt: 4 of 4 lines name files that are no image of train/images/{id}\.jpg"
+        ),
+    ):
+        describe(root, name="mine", lists=tmp_path / "lists")
+
+
+def test_lists_that_cannot_be_read_are_never_passed_over(tmp_path: Path):
+    root = tmp_path / "root"
+    pairs(root)
+    (root / "val.txt").write_text("\n".join(IDS[:3]), encoding="utf-16")  # as PowerShell's > writes
+    with pytest.raises(UserError, match=r"val\.txt: cannot read this id list .* expected UTF-8 text"):
+        described(root)
+    (root / "val.txt").write_text("\n")
+    assert "not used            val.txt: no line of text" in described(root)[2]
+
+
+def test_lists_behind_a_link_are_found(tmp_path: Path):
+    pairs(tmp_path / "root")
+    (tmp_path / "lists_of_mine").mkdir()
+    (tmp_path / "lists_of_mine/val.txt").write_text("\n".join(IDS[:5]))
+    (tmp_path / "root/lists").symlink_to(tmp_path / "lists_of_mine")
+    assert described(tmp_path / "root")[1].ids("val") == IDS[:5]
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "label_ids"),
+    [
+        ('{"names": ["void", "road", "car"], "ignore_index": 0}', ["road", "car"], [1, 2]),
+        ('{"names": ["road", "car", "void"], "ignore_index": 2}', ["road", "car"], [0, 1]),
+        ('["__ignore__", "road", "car", "sky"]', ["road", "car", "sky"], None),
+        ('["road", "car", "dog", "sky"]', ["road", "car", "dog", "sky"], None),  # 77 is stray, not sky
+    ],
+)
+def test_names_stand_for_their_ids(tmp_path: Path, content: str, names: list[str], label_ids: list[int] | None):
+    for index, name in enumerate(IDS):
+        photo(tmp_path / f"root/images/{name}.jpg")
+        mask(tmp_path / f"root/masks/{name}.png", 0, 1, 2, *([77] if index == 5 else []))
+    (tmp_path / "root/classes.json").write_text(content)
+    values = describe(tmp_path / "root", name="mine", lists=tmp_path / "lists").values
+    assert (values["dataset"]["names"], values["dataset"].get("label_ids"), values["ignore_label"]) == (
+        names, label_ids, 255,
+    )  # fmt: skip
+
+
+def test_two_names_of_masks_of_0_and_255(tmp_path: Path):
+    for name in IDS:
+        photo(tmp_path / f"root/images/{name}.jpg")
+        mask(tmp_path / f"root/masks/{name}.png", 255)
+    (tmp_path / "root/labels.txt").write_text("masks/1.png\nmasks/2.png\n")  # a list of files, no names
+    (tmp_path / "root/names.txt").write_text("ground\nwell\n")
+    block = described(tmp_path / "root")[0]
+    assert (block["names"], block["label_ids"]) == (["ground", "well"], [0, 255])
+
+
 def test_an_id_in_one_of_many_label_maps_is_told(tmp_path: Path):
     for index in range(10):
         photo(tmp_path / f"root/images/{index}.jpg")
@@ -318,9 +415,50 @@ def ignored(root: Path) -> None:
         Image.fromarray(np.full((50, 60), 255, np.uint8)).save(path)
 
 
+def soft(root: Path) -> None:
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        mask(root / f"masks/{name}.png", *[255] * 30, 191, 143, 64, 48, 16)
+
+
+def of_one_class(root: Path) -> None:
+    for name in IDS:
+        photo(root / f"images/{name}.jpg")
+        mask(root / f"masks/{name}.png", 0)
+
+
+def numbered(root: Path) -> None:
+    pairs(root)
+    photo(root / "images/#1.jpg")
+
+
+def gray_photographs(root: Path) -> None:
+    pairs(root)
+    shutil.rmtree(root / "images")
+
+
+def in_two_forms(root: Path) -> None:
+    for index in range(24):
+        photo(root / f"images/{index}\u00fc.jpg")
+        mask(root / f"masks/{index}u\u0308.png", 0, 1)
+
+
+def labeled_once(root: Path) -> None:
+    for index, name in enumerate(IDS):
+        photo(root / f"images/{name}.jpg")
+        if index == 0:
+            mask(root / f"masks/{name}.png", 0, 1)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (soft, r"0 and 255 and, on 0\.2% of the pixels, 5 gray levels between: masks with soft edges\?"),
+        (of_one_class, "hold 0 alone: nothing to tell apart"),
+        (numbered, "1 names cannot stand in a list, for example '#1': they begin with #"),
+        (gray_photographs, "no photographs: the 24 PNGs here are gray or palette images of few values"),
+        (in_two_forms, r"agree for the eye alone: their accents have two Unicode forms"),
+        (labeled_once, "from which validation images can be drawn: 1; expected at least 2"),
         (colored, r"48 images, but no label maps: .*Are these some\? RGB: 24 in masks, for example masks/"),
         (colored, r"Colored \(RGB\), 16-bit, JPEG or TIFF ones must be converted"),
         (unrelated, "24 photographs and 24 label maps, but no names that agree"),

@@ -28,7 +28,7 @@ def root(tmp_path: Path) -> Path:
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (tmp_path / folder).mkdir(parents=True)
     for index, name in enumerate(IDS):
-        Image.new("RGB", (40, 36)).save(tmp_path / f"JPEGImages/{name}.jpg")
+        Image.new("RGB", (40, 36)).save(tmp_path / f"JPEGImages/{name}.jpg", root=tmp_path)
         label = np.zeros((36, 40), np.uint8)
         label[0, 0], label[1, 1] = index < 3, 2 * (index == 7)
         Image.fromarray(label).save(tmp_path / f"SegmentationClassAug/{name}.png")
@@ -262,14 +262,17 @@ def test_a_list_is_found_below_the_project_too(files: Any, root: Path):
 )
 def test_lines_of_other_lists_are_understood(tmp_path: Path, line: str):
     (tmp_path / "list.txt").write_text(f"# theirs\n{line}\npicture_1\n\n")
-    assert import_ids(tmp_path / "list.txt", IDS, pattern="JPEGImages/{id}.jpg") == ["picture_3", "picture_1"]
+    assert import_ids(tmp_path / "list.txt", IDS, pattern="JPEGImages/{id}.jpg", root=tmp_path) == [
+        "picture_3",
+        "picture_1",
+    ]
 
 
 @pytest.mark.parametrize("line", ["North Road/001", "photos/North Road/001.jpg"])
 def test_names_may_hold_spaces(tmp_path: Path, line: str):
     (tmp_path / "list.txt").write_text(line)
     known = ["North Road/001", "North Road/002"]
-    assert import_ids(tmp_path / "list.txt", known, pattern="photos/{id}.jpg") == known[:1]
+    assert import_ids(tmp_path / "list.txt", known, pattern="photos/{id}.jpg", root=tmp_path) == known[:1]
 
 
 def test_cityscapes_lists_of_other_code_are_understood(tmp_path: Path):
@@ -279,16 +282,16 @@ def test_cityscapes_lists_of_other_code_are_understood(tmp_path: Path):
         "ulm_000001_000019_leftImg8bit.png",
     ]
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    assert import_ids(tmp_path / "list.txt", known, pattern="leftImg8bit/{id}_leftImg8bit.png") == known
+    assert import_ids(tmp_path / "list.txt", known, pattern="leftImg8bit/{id}_leftImg8bit.png", root=tmp_path) == known
 
 
 def test_lines_that_name_no_training_image_are_named(tmp_path: Path):
     (tmp_path / "list.txt").write_text("picture_3\nnobody\n")
     with pytest.raises(UserError, match=r"1 of 2 lines name no training image of the dataset: nobody"):
-        import_ids(tmp_path / "list.txt", IDS, pattern="JPEGImages/{id}.jpg")
+        import_ids(tmp_path / "list.txt", IDS, pattern="JPEGImages/{id}.jpg", root=tmp_path)
     (tmp_path / "list.txt").write_text("picture_3\nJPEGImages/picture_3.jpg\n")
     with pytest.raises(UserError, match="1 images are named twice, for example picture_3"):
-        import_ids(tmp_path / "list.txt", IDS, pattern="JPEGImages/{id}.jpg")
+        import_ids(tmp_path / "list.txt", IDS, pattern="JPEGImages/{id}.jpg", root=tmp_path)
 
 
 def test_taken_names_become_two_lists(files: Any, root: Path):
