@@ -44,16 +44,14 @@ def read_label(path: Path) -> np.ndarray:
 
 def bits_per_channel(image: ImageFile.ImageFile) -> int:
     """Of an image that was opened, but not decoded; 8 where the mode tells nothing else."""
-    if (
-        image.format == "PNG" and image.fp is not None
-    ):  # behind signature, length and name of the first chunk, width and height
+    if image.format == "PNG" and image.fp is not None:
         place = image.fp.tell()
-        image.fp.seek(24)
+        image.fp.seek(24)  # behind signature, length and name of the first chunk, width and height
         bits = image.fp.read(1)[0]
         image.fp.seek(place)
         return int(bits)
     if isinstance(image, TiffImageFile):
-        return max(image.tag_v2.get(BITSPERSAMPLE, (8,)))
+        return max(image.tag_v2.get(BITSPERSAMPLE, ()), default=8)
     return {"I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
 
 
