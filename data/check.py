@@ -333,11 +333,11 @@ class _Survey:
                 self.ids[name].add(label.pixels, label_path)
         if label.pixels is not None:
             (self.hidden_ids if hidden else self.needed_ids).add(label.pixels, label_path)
-            ids = np.flatnonzero(label.pixels).tolist()
-            colors = Counter(color := [label.palette[3 * i : 3 * i + 3] for i in ids])
-            for index, one in zip(ids, color, strict=True):
-                if one and colors[one] == 1:
-                    self.ids_of_color[one].setdefault(index, label_path)
+            color_of = {i: label.palette[3 * i : 3 * i + 3] for i in np.flatnonzero(label.pixels).tolist()}
+            times = Counter(color_of.values())
+            for index, color in color_of.items():
+                if color and times[color] == 1:
+                    self.ids_of_color[color].setdefault(index, label_path)
 
     def short(self, path: Path) -> str:
         return path.relative_to(self.files.root).as_posix()
@@ -547,10 +547,10 @@ def _unlike_palettes(survey: _Survey) -> list[str]:
     several = {color: ids for color, ids in survey.ids_of_color.items() if len(ids) > 1}
     if not several:
         return []
-    shown = [
-        f"color {tuple(color)}: " + ", ".join(f"id {index} in {survey.short(path)}" for index, path in ids.items())
-        for color, ids in ((color, dict(list(ids.items())[:SHOWN])) for color, ids in list(several.items())[:SHOWN])
-    ]
+    shown = []
+    for color, ids in list(several.items())[:SHOWN]:
+        where = [f"id {index} in {survey.short(path)}" for index, path in list(ids.items())[:SHOWN]]
+        shown.append(f"color {tuple(color)}: {', '.join(where)}")
     title = (
         f"colors of the label maps' palettes that are another id in another file: {len(several)}. Did a program make a "
         "palette for each file? Then ids mean nothing, and colors must be converted to ids, as docs/datasets.md shows"
