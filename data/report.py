@@ -61,7 +61,7 @@ class Report:
     def verdict(self) -> str:
         warned = count_text(len(self.warnings), "warning")
         if self.errors:
-            return f"{count_text(len(self.errors), 'error')}, {warned}: training would fail"
+            return f"{count_text(len(self.errors), 'error')}, {warned}: training or evaluation would fail"
         return f"ready to train, {warned}" if self.warnings else "ready to train"
 
     def as_dict(self) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def test_a_resize_decides_the_size_and_warns_where_it_distorts(check):
 def test_a_root_that_is_not_there_is_one_error(config):
     report = check_dataset(config().model_copy(update={"data_root": "/nowhere/at/all"}))
     assert "/nowhere/at/all: no such folder" in only(report.errors)
-    assert report.as_text().endswith("1 error, 0 warnings: training would fail")
+    assert report.as_text().endswith("1 error, 0 warnings: training or evaluation would fail")
 
 
 def test_a_bad_list_is_an_error_and_the_others_are_still_checked(check, root: Path):
@@ -256,7 +256,7 @@ def test_all_damaged_files_are_found_in_one_run_and_at_most_five_named(check, ro
     assert "SegmentationClassAug/picture_0.png: not a readable PNG file" in label
     assert report.lists[0].class_images == [2, 2, 2]  # the other label maps count
     assert "  - JPEGImages/picture_0.jpg: damaged" in report.as_text()
-    assert report.verdict == "3 errors, 0 warnings: training would fail"
+    assert report.verdict == "3 errors, 0 warnings: training or evaluation would fail"
 
 
 def test_damage_that_our_decoder_does_not_name_does_not_end_the_check(check, monkeypatch: pytest.MonkeyPatch):

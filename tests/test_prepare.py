@@ -78,7 +78,7 @@ def test_a_folder_is_checked_without_a_configuration(prepare: Run, root: Path, t
     said = capsys.readouterr().out
     assert f"masks/{labeled[0]}.png" in said
     assert "1 cannot be read" in said
-    assert said.splitlines()[-1].endswith("training would fail")
+    assert said.splitlines()[-1].endswith("training or evaluation would fail")
     assert len(json.loads((tmp_path / "report.json").read_text())["errors"]) == 1
     assert not (tmp_path / "project/splits").exists(), "a check writes no lists"
 
