@@ -24,7 +24,7 @@ RUNS = [path.parent for study in STUDIES for path in sorted(study.glob("*/*/resu
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
 def test_the_pages_show_the_tables_that_the_files_give(study: Path):
     results = results_of_study(study)
-    pages = [(PROJECT / page).read_text() for page in ("results/README.md", "results/history.md")]
+    pages = [(PROJECT / page).read_text() for page in ("results/README.md", "results/why.md", "results/history.md")]
     assert [overview(results) in page for page in pages].count(True) == 1
     assert (study / "report.md").read_text() == as_markdown(results, draw_pictures(results))
 
@@ -83,7 +83,7 @@ def test_the_named_recipe_is_what_its_study_trained():
 
 
 def test_the_page_shows_the_table_of_near_and_far_images():
-    assert near_far.table(PROJECT / "results/near_far") in (PROJECT / "results/README.md").read_text()
+    assert near_far.table(PROJECT / "results/near_far") in (PROJECT / "results/why.md").read_text()
 
 
 def test_near_is_measured_within_a_drive():
