@@ -34,7 +34,9 @@ def main() -> int:
             files.warn_of_trained_images(args.split)
     output = args.output or path.parent / evaluation_folder(args, path)
     if args.output is None:
-        refuse_other_images(output, files.split_hash(args.split))
+        refuse_other_images(output, files.split_hash(args.split), files.root)
+    elif (output / "log.jsonl").exists():
+        raise UserError(f"--output {output}: is a run's folder, whose own result would be replaced; choose another")
     check_output(output)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -52,7 +54,7 @@ def main() -> int:
         models=models,
         on_prediction=save if args.save_output_images else None,
     )
-    evaluation.write(output)
+    evaluation.write(output, root=str(files.root))
     save_confusion(
         output / "confusion.png",
         evaluation.confusion[evaluation.main].matrix.numpy(),

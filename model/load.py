@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from model.build import build_network, build_networks
 from model.cross_teacher import CrossTeacher
 from model.exported import Exported, OnnxNetwork, load_onnx
@@ -31,12 +33,24 @@ def load_trained(path: Path, *, overrides: Sequence[str] = ()) -> Trained:
     """The networks of a checkpoint with its configuration, changed by ``KEY=VALUE`` overrides.
 
     Raises:
-        CheckpointError: the file is missing, damaged, unsafe, or not a checkpoint that this code knows.
+        CheckpointError: the file is missing, damaged, unsafe, or not a checkpoint that this code knows, or its weights
+            are not finite.
         UserError: an override is wrong.
     """
     state = read_file(path)
-    if is_release(state):
-        return _load_release(state, path, overrides)
+    try:
+        trained = (_load_release if is_release(state) else _load_ours)(state, path, overrides)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: no checkpoint, or a damaged one ({type(error).__name__}: {error})") from None
+    for name, network in trained.networks.items():
+        if not all(torch.isfinite(one).all() for one in network.state_dict().values()):
+            raise CheckpointError(f"{path}: weights of {name} are not finite; take a checkpoint of before")
+    return trained
+
+
+def _load_ours(state: dict[str, Any], path: Path, overrides: Sequence[str]) -> Trained:
     state = check_format(state, path)
     saved = json.loads(state["config"])
     about = state["facts"] | {"step": state["step"], "seed": saved["seed"]} | state["origin"]

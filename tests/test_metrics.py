@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import (
     multiclass_jaccard_index,
 )
 
+from utils.evaluate import Evaluation
 from utils.metrics import ConfusionMatrix
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -114,3 +115,17 @@ def test_result_depends_on_how_the_pixels_are_split(pixels: list[tuple[int, int]
     assert parts.matrix.dtype == torch.int64
     assert torch.equal(whole.matrix, parts.matrix)
     assert whole.matrix.sum() == sum(0 <= truth < 4 for _, truth in pixels)
+
+
+def test_a_result_is_written_last_and_nothing_of_other_models_stays(tmp_path: Path) -> None:
+    both = Evaluation({name: confusion([0, 1], [0, 1], 2) for name in ("student_0", "teacher_1")}, ["a", "b"], {})
+    both.write(tmp_path)
+    one = Evaluation({"student_0": confusion([0, 1], [0, 0], 2)}, ["a", "b"], {})
+    (tmp_path / "result.txt").unlink()
+    (tmp_path / "result.txt").mkdir()  # nothing can be written there
+    with pytest.raises(OSError, match=r"result\.txt"):
+        one.write(tmp_path)
+    assert not (tmp_path / "result.json").exists()
+    (tmp_path / "result.txt").rmdir()
+    one.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"confusion_student_0.csv", "result.json", "result.txt"}

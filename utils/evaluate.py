@@ -1,6 +1,7 @@
 """Evaluation of several models in one pass, and the tables of its results (docs/evaluation.md)."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from utils.distributed import total
 from utils.errors import UserError
+from utils.files import write_json, write_whole
 from utils.inference import ENSEMBLE, Inference, classify_all
 from utils.metrics import ConfusionMatrix
 
@@ -70,16 +72,21 @@ class Evaluation:
         return {**self.about, "in no label": absent, "models": models}
 
     def write(self, folder: Path, **more: Any) -> None:
-        """result.json (with ``more``), result.txt, and each model's counts as confusion_<model>.csv."""
-        text = json.dumps(self.as_dict() | more, indent=1) + "\n"
-        (folder / "result.json").write_text(text, encoding="utf-8")
-        (folder / "result.txt").write_text(self.as_text(), encoding="utf-8")
+        """Each model's counts as confusion_<model>.csv, result.txt, and last result.json (with ``more``).
+
+        Where there is a result.json, all of it is of one evaluation.
+        """
+        for other in [folder / "result.json", *folder.glob("confusion_*.csv")]:
+            other.unlink(missing_ok=True)
         for name, confusion in self.confusion.items():
-            with (folder / f"confusion_{name}.csv").open("w", encoding="utf-8", newline="") as file:
-                rows = csv.writer(file)
-                rows.writerow(["pixels of (row) predicted as (column)", *self.class_names])
-                pairs = zip(self.class_names, confusion.matrix.tolist(), strict=True)
-                rows.writerows([label, *counts] for label, counts in pairs)
+            text = io.StringIO(newline="")
+            rows = csv.writer(text)
+            rows.writerow(["pixels of (row) predicted as (column)", *self.class_names])
+            pairs = zip(self.class_names, confusion.matrix.tolist(), strict=True)
+            rows.writerows([label, *counts] for label, counts in pairs)
+            write_whole(folder / f"confusion_{name}.csv", text.getvalue().encode())
+        write_whole(folder / "result.txt", self.as_text().encode())
+        write_json(folder / "result.json", self.as_dict() | more)
 
     def _absent(self) -> list[int]:
         """The classes that no label holds."""
@@ -159,16 +166,21 @@ def evaluate(
     return replace(evaluation, about={**about, "images": int(total(torch.tensor(count)))})
 
 
-def refuse_other_images(folder: Path, split_hash: str) -> None:
-    """UserError if a folder holds an evaluation on other images than those of the hash."""
+def refuse_other_images(folder: Path, split_hash: str, root: Path) -> None:
+    """UserError if a folder holds an evaluation on other images than those of the hash in the dataset's ``root``.
+
+    A root that is gone has moved.
+    """
     try:
-        there = json.loads((folder / "result.json").read_text(encoding="utf-8"))["split hash"]
-    except (OSError, ValueError, KeyError, TypeError):
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        there, then = result["split hash"], Path(result.get("root", root))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # none, or half of one
+    where = f"{folder} holds the result on other images"
     if there != split_hash:
-        raise UserError(
-            f"{folder} holds the result on other images (split hash {there}, now {split_hash}); give --output a folder"
-        )
+        raise UserError(f"{where} (split hash {there}, now {split_hash}); give --output a folder")
+    if then.exists() and then.resolve() != root.resolve():
+        raise UserError(f"{where}, those in {then}; give --output a folder")
 
 
 def choose_models(networks: Mapping[str, Any], wanted: Sequence[str] | None) -> list[str]:

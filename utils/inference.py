@@ -83,11 +83,12 @@ def predict_photo(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(h,w,3) uint8 RGB of any size -> (H,W) uint8 classes and (H,W) float32 probabilities of them, (H,W) = size.
 
-    What is larger than ``AT_ONCE`` pixels is predicted in windows of ``LARGE_WINDOW``.
+    What is larger than ``AT_ONCE`` pixels is predicted in windows of ``LARGE_WINDOW``, which are no larger than it.
     """
     images = torch.from_numpy(image).permute(2, 0, 1)[None].to(device).float().div_(255)
     if inference.window is None and image.shape[0] * image.shape[1] > AT_ONCE:
-        inference = replace(inference, window=LARGE_WINDOW)
+        rows, columns = (min(one, max(side, SMALLEST)) for one, side in zip(LARGE_WINDOW, image.shape[:2], strict=True))
+        inference = replace(inference, window=(rows, columns))
     found = predict_all(networks, images, size, inference=inference, wanted=frozenset([model]))[model]
     confidence, label = found[0].max(dim=0)
     return label.byte().cpu().numpy(), confidence.cpu().numpy()

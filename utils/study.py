@@ -18,6 +18,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"DeepLab": "cross_teacher_contr.py", "DeepLabv3+": "cross_teacher_deeplabv3+.py"}
 EVALUATION = "evaluateSSL.py"
 SPLITS = ("test", "unlabeled", "labeled")  # that a study may measure besides val
+LONGEST_NAME = 240  # characters of a folder; file systems take 255 bytes
 
 _CROSS, _SELF, _PEER = (f"training.unlabeled.teacher={who}" for who in ("cross", "self", "peer"))
 _NO_HIGH, _NO_LOW = (f"training.contrastive.{level}_weight=0" for level in ("high", "low"))
@@ -60,6 +61,11 @@ class Job:
         return self.folder.name
 
     @property
+    def no_result(self) -> str:
+        """Why a run that ended well may be of no use."""
+        return "it ended without a score of the planned configuration; was a file changed that it is read from?"
+
+    @property
     def failure(self) -> Path:
         """Where its failure is told, if it failed."""
         return failure_file(self.folder)
@@ -93,6 +99,11 @@ class Measurement:
         return f"{self.job.name} on {self.split}"
 
     @property
+    def no_result(self) -> str:
+        """Why an evaluation that ended well may be of no use."""
+        return f"it ended without a score; does any label map of dataset.{self.split} hold a class?"
+
+    @property
     def failure(self) -> Path:
         """Where its failure is told, if it failed."""
         return failure_file(self.folder, self.split)
@@ -115,6 +126,7 @@ class Measurement:
         command = ["python3", str(PROJECT / EVALUATION), "--model-path", str(run / "checkpoint.pth")]
         command += ["--split", self.split, "--protocol", protocol]
         command += ["--output", str(measurement_folder(run, self.split, protocol))]
+        command += ["--data-root", self.job.config.data.root]
         # Not one of the settings that runs are compared by: it may have been given after the training.
         command += ["--set", f"dataset.test={json.dumps(self.job.config.data.test)}"] if self.split == "test" else []
         gpu = {None: None, "cpu": "-1", "cuda": "0"}.get(device, (device or "").rpartition(":")[2])
@@ -169,9 +181,12 @@ def plan_study(args: argparse.Namespace) -> Study:
     measurements = [Measurement(job, split) for job in jobs for split in args.measure]
     study = Study(args.name, folder, (*command, "--seeds", *map(str, seeds)), tuple(jobs), tuple(measurements))
     configs = {job.name: job.config for job in jobs}
+    labels = {job.name: job.cell.label for job in jobs}
     for other, run in finished_before(study).items():
         configs[other.name] = load_config(run / "config.json")
+        labels[other.name] = (read_json(other / "job.json") or {})["label"]
     _refuse_incomparable(configs)
+    refuse_untold([(name, labels[name], dump_config(config)) for name, config in configs.items()])
     return study
 
 
@@ -205,6 +220,8 @@ def cells(grid: Sequence[str], preset: str | None = None, labels: Sequence[str] 
 def plan(args: argparse.Namespace, cell: Cell, seed: int, study: Path) -> Job:
     """The run of a cell with a seed in the study's folder."""
     folder = study / "-".join([*([cell.name] if cell.name else []), f"seed={seed}"])
+    if len(folder.name) > LONGEST_NAME:
+        raise UserError(f"--grid: {folder.name[:60]}... would name a folder with {len(folder.name)} characters")
     settings = [*args.set, *cell.settings, f"seed={seed}", f"utils.checkpoint_dir={json.dumps(str(folder))}"]
     config = load_config(args.config, overrides=settings)
     command = ["python3", str(PROJECT / SCRIPTS[config.model]), "--config", str(args.config)]
@@ -304,10 +321,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _axis(axis: str) -> list[str]:
-    """ "a=1,2" -> ["a=1", "a=2"]; commas within brackets and quotes belong to a value."""
+    """ "a=1,2" -> ["a=1", "a=2"]; commas within brackets, braces and quotes belong to a value."""
     key, equals, text = axis.partition("=")
-    values = re.findall(r'(?:\[[^\]]*\]|"[^"]*"|[^,])+', text)
-    if not equals or not key or ",".join(values) != text or not values:
+    values, depth, is_quoted = [""], 0, False
+    for sign in text:
+        is_quoted ^= sign == '"'
+        depth += 0 if is_quoted else (sign in "[{") - (sign in "]}")
+        if sign == "," and depth == 0 and not is_quoted:
+            values.append("")
+        else:
+            values[-1] += sign
+    if not equals or not key or not all(values) or depth or is_quoted:
         raise UserError(f"--grid {axis}: expected KEY=V1,V2")
     return [f"{key}={value}" for value in values]
 
@@ -348,6 +372,40 @@ def _refuse_incomparable(configs: Mapping[str, Config]) -> None:
                     f"results could not share a table: {key} is {known[key]} in {first}, {value} in {name}; make it "
                     "one, or choose another --name"
                 )
+
+
+def refuse_untold(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
+    """UserError where two runs differ in more than their seeds and what the labels of their rows tell.
+
+    runs: name, label and dumped configuration of each.
+    """
+    first: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
+    for run in runs:
+        first.setdefault(run[1], run)
+    pairs = [(first[run[1]], run) for run in runs if first[run[1]] is not run]
+    for one, other in [*pairs, *itertools.combinations(first.values(), 2)]:
+        told = {"seed"} if one[1] == other[1] else {"seed", *_keys_told(one[1]), *_keys_told(other[1])}
+        differing = different_keys(dict(one[2]), dict(other[2]))
+        untold = {key: values for key, values in differing.items() if not _is_within(key, told)}
+        if untold:
+            rows = "".join(f"\n       {key}: {old} and {new}" for key, (old, new) in untold.items())
+            raise UserError(
+                f"{one[0]} and {other[0]} cannot share a table, they differ in what no row tells; make it one, or "
+                f"choose another --name:{rows}"
+            )
+
+
+def _keys_told(label: str) -> set[str]:
+    """The keys that a row's label stands for."""
+    presets = (
+        settings for rows in PRESETS.values() for row, settings in rows.items() if f"{label}, ".startswith(f"{row}, ")
+    )
+    named = [setting.partition("=")[0] for settings in presets for setting in settings]
+    return {*named, *re.findall(r"(?:^|, )([\w.]+)=", label)}
+
+
+def _is_within(key: str, blocks: set[str]) -> bool:
+    return any(key == block or key.startswith(f"{block}.") for block in blocks)
 
 
 def _what_is_compared(config: Config) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.files import write_json, write_whole
 from utils.study import SPLITS, finished_run, measured, measurement_folder, read_json
 from utils.study_report import write_report
 from utils.study_results import COUNTS, Results, is_number, read_log, results_of_study
-from utils.study_run import write_json, write_whole
 
 LOG_LINES = 60  # of a run, besides those of validations
 DIGITS = 4  # of logged numbers

@@ -8,10 +8,10 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
+from utils.files import write_whole
 from utils.study import SPLITS
 from utils.study_figures import SIGNALS, Picture, draw_pictures
 from utils.study_results import TERMS, Measure, Record, Results, Row
-from utils.study_run import write_whole
 
 OVERVIEW_FACTS = ("dataset", "labeled", "labeled hash", "protocol", "step", "commit", "machine")
 

@@ -21,6 +21,7 @@ from utils.study import (
     measured,
     measurement_folder,
     read_json,
+    refuse_untold,
     shown,
 )
 
@@ -208,6 +209,7 @@ def results_of_study(folder: Path) -> Results:
         raise UserError(f"{folder}: {what}; expected a folder with an undamaged study.json")
     records = [_planned(folder / name, name) for name in planned["jobs"]]
     labels = sorted(dict.fromkeys(record.label for record in records), key=_place)
+    refuse_untold([(one.name, one.label, one.config) for one in records if one.result is not None])
     return _results(folder.resolve().name, planned["commands"], labels, records)
 
 
@@ -286,8 +288,11 @@ def _planned(job: Path, name: str) -> Record:
     config = about["config"]
     begun = [path.parent for path in job.glob("*/config.json")]
     newest = max(begun, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
-    folder = finished_run(job, config) or newest
+    finished = finished_run(job, config)
+    folder = finished or newest
     read = _read(folder, config) if folder is not None else {"state": "not started"}
+    if finished is None and folder is not None and different_keys(read_json(folder / "config.json") or {}, config):
+        read = {"state": "not done; the run that is there has another configuration"}
     if failure := _failure(failure_file(job)) if read["state"] != "done" else None:
         read["state"] = failure
     lists = [split for split in SPLITS if read["state"] == "done" and split not in read["measured"]]
@@ -321,9 +326,10 @@ def _counts(folder: Path) -> dict[str, list[list[int]]]:
     """The ensemble's pixels of each class (row) that are called each class (column), if they are in the folder."""
     try:
         lines = (folder / COUNTS).read_text(encoding="utf-8").splitlines()
-        return {"counts": [[int(cell) for cell in row[1:]] for row in csv.reader(lines[1:])]}
+        counts = [[int(cell) for cell in row[1:]] for row in csv.reader(lines[1:])]
     except (OSError, ValueError):
         return {}
+    return {"counts": counts} if all(len(row) == len(counts) for row in counts) else {}
 
 
 def _failure(file: Path) -> str | None:

@@ -1,7 +1,6 @@
 """Running a study: what is not done yet, one run on each place at a time, stopped by a signal, gone on with later."""
 
 import fcntl
-import json
 import os
 import re
 import signal
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from utils.config import dump_config
 from utils.errors import UserError
+from utils.files import write_json
 from utils.run import code_version
 from utils.study import Job, Measurement, Study, finished_before, process_command, read_json, shown, steps_text
 
@@ -153,11 +153,12 @@ class Runner:
             status = one.process.returncode
             if status == 0 and one.job.finished() is not None:
                 self.say(f"done  {one.job.name}")
-            elif {abs(status), status - 128} & self._passed_on:
+            elif (-status if status < 0 else status - 128) in self._passed_on:
                 self.say(f"saved {one.job.name}")
             else:
                 self.failed.append(one.job)
                 message = last_error((one.job.folder / "output.txt").read_text(encoding="utf-8", errors="replace"))
+                message = message if status else one.job.no_result
                 write_json(one.job.failure, {"status": status, "message": message})
                 self.say(f"FAILED {one.job.name}: exit status {status}: {message}")
 
@@ -172,18 +173,6 @@ def last_error(text: str) -> str:
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     errors = [line for line in lines if re.match(r"error: |\S+: error: |[\w.]*Error: ", line)]
     return (errors or lines or ["no message"])[-1]
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Whole or not at all, whenever the process is killed."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def describe_plan(study: Study, places: Sequence[str | None]) -> Iterator[str]:
