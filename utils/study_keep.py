@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.files import write_json, write_whole
 from utils.study import SPLITS, finished_run, measured, measurement_folder, read_json
 from utils.study_report import write_report
-from utils.study_results import COUNTS, Results, is_number, read_log, results_of_study
+from utils.study_results import COUNTS, LATE, Results, is_number, read_log, results_of_study
 
 LOG_LINES = 60  # of a run, besides those of validations
 DIGITS = 4  # of logged numbers
@@ -43,19 +43,27 @@ def keep_study(study: Path, output: Path) -> Results:
 
 
 def thinned(lines: Sequence[Mapping[str, Any]], count: int = LOG_LINES) -> list[dict[str, Any]]:
-    """About ``count`` lines of a log, each the means of equally many up to its step, and every validation.
+    """About ``count`` lines of a log, each the means of about equally many up to its step, and every validation.
 
-    What is told by class is in the last line alone, but for the ensemble's IoU.
+    None is of steps both late and earlier. What is told by class is in the last line alone, but for the ensemble's IoU.
     """
     validations = [line for line in lines if any(tag.startswith("val/") for tag in line)]
     others = [line for line in lines if not any(tag.startswith("val/") for tag in line)]
     size = max(1, -(-len(others) // count))
-    chosen = [_mean(others[max(0, end - size) : end]) for end in range(len(others), 0, -size)][::-1]
+    first_late = sum(line["step"] <= LATE * others[-1]["step"] for line in others)
+    parts = [*_evenly(others[:first_late], size), *_evenly(others[first_late:], size)]
+    chosen = [_mean(part) for part in parts]
     last = chosen[-1:]
     return [
         {tag: _rounded(value) for tag, value in line.items() if line in last or not _is_dropped(tag)}
         for line in sorted([*chosen, *validations], key=lambda line: line["step"])
     ]
+
+
+def _evenly(lines: Sequence[Mapping[str, Any]], size: int) -> list[Sequence[Mapping[str, Any]]]:
+    """Consecutive parts of at most ``size`` lines, whose lengths differ by one at most."""
+    count = -(-len(lines) // size)
+    return [lines[len(lines) * part // count : len(lines) * (part + 1) // count] for part in range(count)]
 
 
 def _mean(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
