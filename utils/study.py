@@ -63,7 +63,7 @@ class Job:
     @property
     def no_result(self) -> str:
         """Why a run that ended well may be of no use."""
-        return "it ended without a score of the planned configuration; was a file changed that it is read from?"
+        return "it ended without a score of the planned configuration; was its file changed meanwhile?"
 
     @property
     def failure(self) -> Path:

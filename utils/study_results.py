@@ -291,7 +291,8 @@ def _planned(job: Path, name: str) -> Record:
     finished = finished_run(job, config)
     folder = finished or newest
     read = _read(folder, config) if folder is not None else {"state": "not started"}
-    if finished is None and folder is not None and different_keys(read_json(folder / "config.json") or {}, config):
+    trained = read_json(folder / "config.json") if folder is not None else None
+    if finished is None and trained is not None and different_keys(trained, config):
         read = {"state": "not done; the run that is there has another configuration"}
     if failure := _failure(failure_file(job)) if read["state"] != "done" else None:
         read["state"] = failure
