@@ -47,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(stopped_message(study), file=sys.stderr)
         return 128 + runner.stop_signal
     report([study.folder], study.folder, study.command)
-    for job in runner.failed:
-        print(f"failed: {job.folder / 'output.txt'}", file=sys.stderr)
+    print(*(f"failed: {job.folder / 'output.txt'}\n" for job in runner.failed), sep="", end="", file=sys.stderr)
     return 1 if runner.failed else 0
 
 
@@ -72,7 +71,8 @@ def show_overview(args: argparse.Namespace) -> int:
     from utils.study_report import differences, overview
     from utils.study_results import results_of_study
 
-    print((differences if args.differences else overview)(*map(results_of_study, args.studies)), end="")
+    studies = map(results_of_study, args.studies)
+    print((differences if args.differences else overview)(*studies, one_student=args.student), end="")
     return 0
 
 

@@ -48,8 +48,11 @@ def test_the_readme_shows_the_table_that_its_command_prints():
 @pytest.mark.parametrize("page", ["results/README.md", "results/history.md"])
 def test_a_page_shows_the_differences_that_its_command_prints(page: str):
     text = (PROJECT / page).read_text()
-    (command,) = re.findall(r"^python3 ablate.py overview --differences (.+)$", text, re.MULTILINE)
-    assert differences(*(results_of_study(PROJECT / study) for study in command.split())) in text
+    commands = re.findall(r"^python3 ablate.py overview --differences (--student )?(.+)$", text, re.MULTILINE)
+    assert commands
+    for student, studies in commands:
+        results = [results_of_study(PROJECT / study) for study in studies.split()]
+        assert differences(*results, one_student=bool(student)) in text
 
 
 def _said_by(kept: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

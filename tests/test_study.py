@@ -922,6 +922,17 @@ def test_differences_of_several_studies_are_one_table_with_each_seed_s(tmp_path:
         f"| {title} | {facts} | {first} | -1.0 (-2.0, +0.0) | - | -1.0 (-2.0, +0.0) | - |",
         f"| {title} | {facts} | {second} | +10.0 | +5.0 | +10.0 | +0.0 |",
     ]
+    assert differences(studies[0], one_student=True).splitlines() == [
+        "| study | labeled | step | setting, against the study's first | val, one student, mIoU |",
+        "| --- | --- | --- | --- | --- |",
+        f"| {title} | {facts} | {first} | -1.0 (-2.0, +0.0) |",
+    ]
+    assert overview(studies[0], one_student=True).splitlines()[2:] == [
+        "| setting | seeds | val, one student, mIoU % |",
+        "| --- | --- | --- |",
+        "| training.unlabeled.teacher=cross | 2 | 41.0 ± 5.6 |",
+        f"| {first} | 2 | 40.0 ± 7.1 (-1.0) |",
+    ]
 
 
 @pytest.mark.parametrize("models", [{}, {"student_0": {"mean_iou": 0.5}}, {"ensemble": {"mean_iou": None}}])

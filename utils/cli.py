@@ -290,6 +290,7 @@ def overview_parser() -> argparse.ArgumentParser:
         help="one table of all studies instead: in points, what each row has more than its study's first, mean over "
         "seeds and each seed",
     )
+    add("--student", action="store_true", help="of one student, the mean of both, instead of the ensemble")
     return parser
 
 

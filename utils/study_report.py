@@ -73,7 +73,7 @@ def _main_table(results: Results, split: str = "val") -> Table:
     head = ["setting", "ensemble, mIoU %", "one student, mIoU %", "difference"]
     rows = []
     for index, row in enumerate(results.rows):
-        difference = _difference(row, results.rows[0]) if index else "-"
+        difference = _difference(row, results.rows[0], lambda record: record.ensemble) if index else "-"
         each = [_each(row, what, seeds) for what in ("ensemble", "student")]
         rows.append([row.label, spread(row.ensemble), spread(row.student), difference, *each])
     note = (
@@ -86,43 +86,58 @@ def _main_table(results: Results, split: str = "val") -> Table:
     return Table(title, note, [*head, f"ensemble, {named}", f"one student, {named}"], rows)
 
 
-def overview(*studies: Results) -> str:
-    """A short Markdown table of each study: the ensemble on each list, and the difference to the study's first row."""
-    return "\n".join(map(_overview, studies))
+def overview(*studies: Results, one_student: bool = False) -> str:
+    """A short Markdown table of each study: the ensemble on each list, and the difference to the study's first row.
+
+    one_student: the mean of the two students' scores, in the place of the ensemble's.
+    """
+    return "\n".join(_overview(study, one_student) for study in studies)
 
 
-def _overview(results: Results) -> str:
+def _overview(results: Results, one_student: bool) -> str:
+    name, of = _judged(one_student)
     there = {split: results if split == "val" else results.on(split) for split in ("val", *results.splits)}
-    head = ["setting", "seeds", *(f"{split}, mIoU %" for split in there)]
+    head = ["setting", "seeds", *(f"{split}, {name} %" for split in there)]
     rows = []
     for index, row in enumerate(results.rows):
         cells = []
         for found in there.values():
-            difference = _difference(found.rows[index], found.rows[0]) if index else "-"
+            difference = _difference(found.rows[index], found.rows[0], of) if index else "-"
             count = len(found.rows[index].done)
             notes = [difference] if difference != "-" else []
             notes += [f"{count} of the seeds"] if 0 < count < len(row.done) else []
-            cells.append(spread(found.rows[index].ensemble) + (f" ({', '.join(notes)})" if notes else ""))
+            values = list(found.rows[index].values(of).values())
+            cells.append(spread(values) + (f" ({', '.join(notes)})" if notes else ""))
         rows.append([row.label, str(len(row.done)), *cells])
     facts = [f"{key} {results.facts[key]}" for key in OVERVIEW_FACTS if key in results.facts]
     return f"**{_plain(results.title)}**: {_plain(', '.join(facts))}\n\n{_markdown_table(Table('', '', head, rows))}\n"
 
 
-def differences(*studies: Results) -> str:
-    """One Markdown table of several studies: each row against the first of its study, on each list of images."""
+def differences(*studies: Results, one_student: bool = False) -> str:
+    """One Markdown table of several studies: each row against the first of its study, on each list of images.
+
+    one_student: the mean of the two students' scores, in the place of the ensemble's and its pixel accuracy.
+    """
     splits = [split for split in ("val", *SPLITS) if any(split in ("val", *study.splits) for study in studies)]
-    measures: list[Measure] = [lambda record: record.ensemble, Record.pixel_accuracy]
-    head = ["study", "labeled", "step", "setting, against the study's first", *(f"{split}, mIoU" for split in splits)]
+    measures = dict([_judged(one_student)]) | ({} if one_student else {"pixel accuracy": Record.pixel_accuracy})
+    head = ["study", "labeled", "step", "setting, against the study's first"]
+    head += [f"{split}, {name}" for name in measures for split in splits]
     rows = []
     for study in studies:
         there = [study if split == "val" else study.on(split) for split in splits]
         for index, row in enumerate(study.rows[1:], start=1):
-            found = [[on.rows[index].differences(on.rows[0], of) for on in there] for of in measures]
+            found = [[on.rows[index].differences(on.rows[0], of) for on in there] for of in measures.values()]
             if any(found[0]):
                 facts = [str(study.facts.get(key, "-")) for key in ("labeled", "step")]
                 rows.append([study.title, *facts, row.label, *(_signed(one) for of in found for one in of)])
-    head += [f"{split}, pixel accuracy" for split in splits]
     return _markdown_table(Table("", "", head, rows)) + "\n"
+
+
+def _judged(one_student: bool) -> tuple[str, Measure]:
+    """What a table is of, in words, and how it is found."""
+    if one_student:
+        return "one student, mIoU", lambda record: record.student
+    return "mIoU", lambda record: record.ensemble
 
 
 def _signed(found: Mapping[int, float]) -> str:
@@ -382,9 +397,9 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _difference(row: Row, reference: Row) -> str:
+def _difference(row: Row, reference: Row, of: Measure) -> str:
     """+7.2; with the number of seeds where not all finished runs have a partner."""
-    found = row.differences(reference)
+    found = row.differences(reference, of)
     if not found:
         return "-"
     partners = "" if len(found) == len(row.done) else f" ({len(found)} of {len(row.done)} seeds)"
