@@ -68,10 +68,10 @@ def keep(args: argparse.Namespace) -> int:
 
 
 def show_overview(args: argparse.Namespace) -> int:
-    from utils.study_report import differences, overview
+    from utils.study_report import differences, only_rows, overview
     from utils.study_results import results_of_study
 
-    studies = map(results_of_study, args.studies)
+    studies = only_rows([results_of_study(study) for study in args.studies], args.rows)
     print((differences if args.differences else overview)(*studies, one_student=args.student), end="")
     return 0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data.splits import read_ids
 from utils.errors import UserError, run_script
+from utils.study import PRESETS
 
 NEAR, FAR = 30, 60  # frames; CamVid's training images are 30 apart, a second
 
@@ -45,27 +46,32 @@ def write_lists(labeled: Path, unlabeled: Path, folder: Path) -> str:
 
 def table(folder: Path) -> str:
     """Markdown: mIoU of the ensemble on near and far images, and in brackets each seed's difference to supervised."""
-    scores: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)  # study, row, near or far -> seed -> %
+    scores: dict[
+        tuple[int, str, str], dict[str, dict[int, float]]
+    ] = {}  # labeled, study, row -> near or far -> seed -> %
     for path in sorted(folder.glob("*/*/result.json")):
         match = re.fullmatch(r"(.+)-seed=(\d+)-(near|far)", path.parent.name)
         if match is None:
             raise UserError(f"{path.parent}: expected a name such as supervised-seed=0-near")
         result = json.loads(path.read_text(encoding="utf-8"))
-        score = 100 * result["models"]["ensemble"]["mean_iou"]
-        scores[path.parent.parent.name, match[1], match[3]][int(match[2])] = score
-    lines = ["| study | setting | near, mIoU % | far, mIoU % |", "| --- | --- | --- | --- |"]
-    rows = dict.fromkeys((study, row) for study, row, _ in scores)
-    if not rows:
+        found = scores.setdefault((result["labeled"], path.parent.parent.name, match[1]), {"near": {}, "far": {}})
+        found[match[3]][int(match[2])] = 100 * result["models"]["ensemble"]["mean_iou"]
+    if not scores:
         raise UserError(f"{folder}: no evaluation here; expected STUDY/ROW-seed=0-near/result.json")
-    for study, row in sorted(rows, key=lambda one: (one[0], one[1] != "supervised", one[1])):
+    lines = ["| study | labeled | setting | near, mIoU % | far, mIoU % |", "| --- | --- | --- | --- | --- |"]
+    slugs = {re.sub(r"\W+", "_", label).strip("_"): label for label in PRESETS["paper"]}
+    order = list(slugs)
+    for labeled, study, row in sorted(scores, key=lambda one: (*one[:2], order.index(one[2].split("-")[0]), one[2])):
+        base = scores.get((labeled, study, "supervised"), {"near": {}, "far": {}})
         cells = []
-        for place in ("near", "far"):
-            own, base = scores[study, row, place], scores[study, "supervised", place]
-            gains = ", ".join(f"{own[seed] - base[seed]:+.1f}" for seed in sorted(own.keys() & base.keys()))
+        for place, own in scores[labeled, study, row].items():
+            gains = ", ".join(
+                f"{own[seed] - base[place][seed]:+.1f}" for seed in sorted(own.keys() & base[place].keys())
+            )
             text = f"{statistics.mean(own.values()):.1f}" if own else "-"
             cells.append(text if row == "supervised" or not gains else f"{text} ({gains})")
         name, *settings = row.split("-")
-        lines.append(f"| {study} | {', '.join([name.replace('_', ' '), *settings])} | {' | '.join(cells)} |")
+        lines.append(f"| {study} | {labeled} | {', '.join([slugs[name], *settings])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

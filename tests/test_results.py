@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import near_far
+from utils.cli import overview_parser
 from utils.config import dump_config, load_config
 from utils.errors import UserError
 from utils.study import measured
 from utils.study_figures import _signals, draw_pictures
-from utils.study_report import as_markdown, differences, overview
+from utils.study_report import as_markdown, differences, only_rows, overview
 from utils.study_results import results_of_study
 
 PROJECT = Path(__file__).parent.parent
@@ -22,11 +24,21 @@ RUNS = [path.parent for study in STUDIES for path in sorted(study.glob("*/*/resu
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
-def test_the_pages_show_the_tables_that_the_files_give(study: Path):
+def test_a_report_is_what_the_files_give(study: Path):
     results = results_of_study(study)
-    pages = [(PROJECT / page).read_text() for page in ("results/README.md", "results/why.md", "results/history.md")]
-    assert [overview(results) in page for page in pages].count(True) == 1
     assert (study / "report.md").read_text() == as_markdown(results, draw_pictures(results))
+
+
+def test_pages_show_the_tables_that_their_commands_print_and_every_study_is_in_one():
+    told = set()
+    for page in ("README.md", "results/README.md", "results/why.md", "results/history.md"):
+        text = (PROJECT / page).read_text()
+        for command in re.findall(r"^python3 ablate.py overview (.+)$", text, re.MULTILINE):
+            args = overview_parser().parse_args(shlex.split(command))
+            studies = only_rows([results_of_study(PROJECT / study) for study in args.studies], args.rows)
+            assert (differences if args.differences else overview)(*studies, one_student=args.student) in text
+            told |= {study.name for study in args.studies}
+    assert told == {study.name for study in STUDIES}
 
 
 def test_no_band_of_a_share_leaves_what_a_share_can_be():
@@ -37,22 +49,6 @@ def test_no_band_of_a_share_leaves_what_a_share_can_be():
     assert len(heights) >= 8
     assert min(map(min, heights)) >= 0
     assert max(map(max, heights)) <= 1
-
-
-def test_the_readme_shows_the_table_that_its_command_prints():
-    text = (PROJECT / "README.md").read_text()
-    (study,) = re.findall(r"^python3 ablate.py overview (results/\S+)$", text, re.MULTILINE)
-    assert overview(results_of_study(PROJECT / study)) in text
-
-
-@pytest.mark.parametrize("page", ["results/README.md", "results/history.md"])
-def test_a_page_shows_the_differences_that_its_command_prints(page: str):
-    text = (PROJECT / page).read_text()
-    commands = re.findall(r"^python3 ablate.py overview --differences (--student )?(.+)$", text, re.MULTILINE)
-    assert commands
-    for student, studies in commands:
-        results = [results_of_study(PROJECT / study) for study in studies.split()]
-        assert differences(*results, one_student=bool(student)) in text
 
 
 def _said_by(kept: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -102,8 +98,8 @@ def test_the_table_compares_runs_of_one_seed(tmp_path: Path):
     for name, score in (("supervised-seed=0", 0.5), ("supervised-seed=1", 0.6), ("cross_teacher-seed=1", 0.625)):
         folder = tmp_path / "study" / f"{name}-far"
         folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps({"models": {"ensemble": {"mean_iou": score}}}))
+        (folder / "result.json").write_text(json.dumps({"labeled": 9, "models": {"ensemble": {"mean_iou": score}}}))
     assert near_far.table(tmp_path).splitlines()[2:] == [
-        "| study | supervised | - | 55.0 |",
-        "| study | cross teacher | - | 62.5 (+2.5) |",
+        "| study | 9 | supervised | - | 55.0 |",
+        "| study | 9 | cross teacher | - | 62.5 (+2.5) |",
     ]

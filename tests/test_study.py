@@ -26,7 +26,7 @@ from utils.errors import UserError
 from utils.study import PRESETS, SCRIPTS, Study, cells, check_lists, plan_study, shown
 from utils.study_figures import draw_pictures
 from utils.study_keep import keep_study, thinned
-from utils.study_report import as_markdown, differences, overview, results_text, tables, write_report
+from utils.study_report import as_markdown, differences, only_rows, overview, results_text, tables, write_report
 from utils.study_results import Record, Results, Row, refuse_mixing, results_of_folders, results_of_study
 from utils.study_run import Runner, _Running, check_places, describe_plan, last_error
 
@@ -896,8 +896,8 @@ def test_what_cannot_be_measured_is_told_and_the_rest_is_done(
     assert overview(results).splitlines()[2:] == [
         "| setting | seeds | val, mIoU % | unlabeled, mIoU % |",
         "| --- | --- | --- | --- |",
-        "| training.unlabeled.teacher=self | 0 | no result | no result |",
-        "| training.unlabeled.teacher=cross | 1 | 60.0 | 40.0 |",
+        "| teacher=self | 0 | no result | no result |",
+        "| teacher=cross | 1 | 60.0 | 40.0 |",
     ]
 
 
@@ -914,25 +914,60 @@ def test_differences_of_several_studies_are_one_table_with_each_seed_s(tmp_path:
         models = {"ensemble": {"mean_iou": 0.2 + score / 2, "pixel_accuracy": 0.9, "iou": {}}}
         test.write_text(json.dumps(result | {"split": "test", "models": models}))
     studies = [results_of_folders([tmp_path / name], []) for name in ("first", "second")]
-    first, second = (study.rows[1].label for study in studies)
-    assert (first, second) == ("training.unlabeled.teacher=self", "training.unlabeled.mix_mask=cut")
     facts = " | ".join(str(studies[0].facts[key]) for key in ("labeled", "step"))
     title = studies[0].title
     assert differences(*studies).splitlines()[2:] == [
-        f"| {title} | {facts} | {first} | -1.0 (-2.0, +0.0) | - | -1.0 (-2.0, +0.0) | - |",
-        f"| {title} | {facts} | {second} | +10.0 | +5.0 | +10.0 | +0.0 |",
+        f"| {title} | {facts} | teacher=cross | 56.0 ± 5.6 | - |",
+        f"| {title} | {facts} | teacher=self | -1.0 (-2.0, +0.0) | - |",
+        f"| {studies[1].title} | {facts} | mix_mask=class | 60.0 | 50.0 |",
+        f"| {studies[1].title} | {facts} | mix_mask=cut | +10.0 | +5.0 |",
     ]
     assert differences(studies[0], one_student=True).splitlines() == [
-        "| study | labeled | step | setting, against the study's first | val, one student, mIoU |",
+        "| study | labeled | step | setting; one student, mIoU % | val |",
         "| --- | --- | --- | --- | --- |",
-        f"| {title} | {facts} | {first} | -1.0 (-2.0, +0.0) |",
+        f"| {title} | {facts} | teacher=cross | 41.0 ± 5.6 |",
+        f"| {title} | {facts} | teacher=self | -1.0 (-2.0, +0.0) |",
     ]
     assert overview(studies[0], one_student=True).splitlines()[2:] == [
         "| setting | seeds | val, one student, mIoU % |",
         "| --- | --- | --- |",
-        "| training.unlabeled.teacher=cross | 2 | 41.0 ± 5.6 |",
-        f"| {first} | 2 | 40.0 ± 7.1 (-1.0) |",
+        "| teacher=cross | 2 | 41.0 ± 5.6 |",
+        "| teacher=self | 2 | 40.0 ± 7.1 (-1.0) |",
     ]
+
+
+def test_rows_are_compared_with_the_first_that_is_asked_for(tmp_path: Path):
+    for name, score in (("cross", 0.5), ("peer", 0.7), ("self", 0.6)):
+        make_run(tmp_path / f"study/{name}", score, settings=[f"training.unlabeled.teacher={name}"])
+    for name, score in (("self", 0.4), ("cross", 0.5)):
+        make_run(tmp_path / f"other/{name}", score, settings=[f"training.unlabeled.teacher={name}"])
+    studies = [results_of_folders([tmp_path / name], []) for name in ("study", "other")]
+    chosen = only_rows(studies, ["teacher=self", "teacher=peer", "teacher=cross"])
+    assert [line.split(" | ")[3:] for line in differences(*chosen).splitlines()[2:]] == [
+        ["teacher=self", "60.0 |"],
+        ["teacher=peer", "+10.0 |"],
+        ["teacher=cross", "-10.0 |"],
+        ["teacher=self", "40.0 |"],
+        ["teacher=cross", "+10.0 |"],
+    ]
+    assert [study.rows for study in only_rows(studies, [])] == [study.rows for study in studies]
+    with pytest.raises(
+        UserError, match='--rows "teacher=slef": no such row; there are "teacher=cross", "teacher=peer", '
+    ):
+        only_rows(studies, ["teacher=self", "teacher=slef"])
+    with pytest.raises(UserError, match=r'--rows "teacher=peer": not in .*; the first row must be in every study'):
+        only_rows(studies, ["teacher=peer", "teacher=self"])
+
+
+def test_keys_of_one_last_name_are_written_out(tmp_path: Path):
+    for index, value in enumerate(("false", "true")):
+        settings = [f"training.{part}.flip={value}" for part in ("data", "unlabeled")]
+        make_run(tmp_path / f"study/{index}", 0.5, settings=[*settings, f"training.data.crop={value}"])
+    first, second = (
+        line.split(" | ")[0] for line in overview(results_of_folders([tmp_path / "study"], [])).splitlines()[4:]
+    )
+    assert first == "| crop=false, training.data.flip=false, training.unlabeled.flip=false"
+    assert second == first.replace("false", "true")
 
 
 @pytest.mark.parametrize("models", [{}, {"student_0": {"mean_iou": 0.5}}, {"ensemble": {"mean_iou": None}}])

@@ -287,10 +287,17 @@ def overview_parser() -> argparse.ArgumentParser:
     add(
         "--differences",
         action="store_true",
-        help="one table of all studies instead: in points, what each row has more than its study's first, mean over "
-        "seeds and each seed",
+        help="one table of all studies instead: each one's first row, and what the others have more, in points, mean "
+        "over seeds and each seed",
     )
     add("--student", action="store_true", help="of one student, the mean of both, instead of the ensemble")
+    add(
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="only these rows, by the names in the tables; the first is what the others are compared with",
+    )
     return parser
 
 

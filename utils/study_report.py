@@ -1,13 +1,16 @@
 """The report of a study: the same tables as Markdown beside pictures, and as one page that needs nothing else."""
 
+import re
 import shlex
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.files import write_whole
 from utils.study import SPLITS
 from utils.study_figures import SIGNALS, Picture, draw_pictures
@@ -99,7 +102,7 @@ def _overview(results: Results, one_student: bool) -> str:
     there = {split: results if split == "val" else results.on(split) for split in ("val", *results.splits)}
     head = ["setting", "seeds", *(f"{split}, {name} %" for split in there)]
     rows = []
-    for index, row in enumerate(results.rows):
+    for index, (row, label) in enumerate(zip(results.rows, _short_labels(results), strict=True)):
         cells = []
         for found in there.values():
             difference = _difference(found.rows[index], found.rows[0], of) if index else "-"
@@ -108,29 +111,56 @@ def _overview(results: Results, one_student: bool) -> str:
             notes += [f"{count} of the seeds"] if 0 < count < len(row.done) else []
             values = list(found.rows[index].values(of).values())
             cells.append(spread(values) + (f" ({', '.join(notes)})" if notes else ""))
-        rows.append([row.label, str(len(row.done)), *cells])
+        rows.append([label, str(len(row.done)), *cells])
     facts = [f"{key} {results.facts[key]}" for key in OVERVIEW_FACTS if key in results.facts]
     return f"**{_plain(results.title)}**: {_plain(', '.join(facts))}\n\n{_markdown_table(Table('', '', head, rows))}\n"
 
 
 def differences(*studies: Results, one_student: bool = False) -> str:
-    """One Markdown table of several studies: each row against the first of its study, on each list of images.
+    """One Markdown table of several studies: each one's first row, and what others have more on each list of images.
 
-    one_student: the mean of the two students' scores, in the place of the ensemble's and its pixel accuracy.
+    one_student: the mean of the two students' scores, in the place of the ensemble's.
     """
+    name, of = _judged(one_student)
     splits = [split for split in ("val", *SPLITS) if any(split in ("val", *study.splits) for study in studies)]
-    measures = dict([_judged(one_student)]) | ({} if one_student else {"pixel accuracy": Record.pixel_accuracy})
-    head = ["study", "labeled", "step", "setting, against the study's first"]
-    head += [f"{split}, {name}" for name in measures for split in splits]
     rows = []
     for study in studies:
+        facts = [study.title, *(str(study.facts.get(key, "-")) for key in ("labeled", "step"))]
         there = [study if split == "val" else study.on(split) for split in splits]
-        for index, row in enumerate(study.rows[1:], start=1):
-            found = [[on.rows[index].differences(on.rows[0], of) for on in there] for of in measures.values()]
-            if any(found[0]):
-                facts = [str(study.facts.get(key, "-")) for key in ("labeled", "step")]
-                rows.append([study.title, *facts, row.label, *(_signed(one) for of in found for one in of)])
-    return _markdown_table(Table("", "", head, rows)) + "\n"
+        for index, label in enumerate(_short_labels(study)):
+            if index == 0:
+                cells = [spread(list(on.rows[0].values(of).values()), nothing="-") for on in there]
+            else:
+                cells = [_signed(on.rows[index].differences(on.rows[0], of)) for on in there]
+            rows.append([*facts, label, *cells])
+    return _markdown_table(Table("", "", ["study", "labeled", "step", f"setting; {name} %", *splits], rows)) + "\n"
+
+
+def only_rows(studies: Sequence[Results], labels: Sequence[str]) -> list[Results]:
+    """The studies with the rows of these labels, as tables show them, in this order; with no label as they are.
+
+    Raises UserError for a label that no study has, and where one has not the first, which others are compared with.
+    """
+    there = [dict(zip(_short_labels(study), study.rows, strict=True)) for study in studies]
+    for label in labels:
+        if not any(label in rows for rows in there):
+            known = ", ".join(f'"{one}"' for one in dict.fromkeys(one for rows in there for one in rows))
+            raise UserError(f'--rows "{label}": no such row; there are {known}')
+    for study, rows in zip(studies, there, strict=True):
+        if labels and labels[0] not in rows:
+            raise UserError(f'--rows "{labels[0]}": not in {study.title}; the first row must be in every study')
+    chosen = [[rows[label] for label in labels or rows if label in rows] for rows in there]
+    return [replace(study, rows=rows) for study, rows in zip(studies, chosen, strict=True)]
+
+
+def _short_labels(results: Results) -> list[str]:
+    """The rows' labels with the last names of their keys, where those tell them apart."""
+    labels, key = [row.label for row in results.rows], re.compile(r"[\w.]+(?==)")
+    last = {found: found.rpartition(".")[2] for label in labels for found in key.findall(label)}
+    names = Counter(last.values())
+    return [
+        key.sub(lambda match: last[match[0]] if names[last[match[0]]] == 1 else match[0], label) for label in labels
+    ]
 
 
 def _judged(one_student: bool) -> tuple[str, Measure]:
@@ -390,10 +420,10 @@ def _html_figure(picture: Picture) -> str:
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], nothing: str = "no result") -> str:
     """Mean ± sample standard deviation; of one value itself."""
     if not values:
-        return "no result"
+        return nothing
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
