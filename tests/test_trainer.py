@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ from utils.errors import CheckpointError, NonFiniteError, UserError
 from utils.evaluate import evaluate
 from utils.inference import Inference
 from utils.logger import COSTS, RunLogger
-from utils.run import STOP_SIGNALS, Run, newest_folder, origin_of, start_run
+from utils.run import STOP_SIGNALS, Run, newest_folder, origin_of, processor_name, start_run
 from utils.trainer import Trainer, build_optimizer
 from utils.visualize import save_pictures
 
@@ -307,6 +308,15 @@ def test_a_result_names_every_version_of_the_code_that_trained_it(config, monkey
     with pytest.warns(UserWarning, match="resumed with other code: results will name aaa, then bbb"):
         second = build(config(), resume="auto")
     assert second.run.origin == two
+
+
+def test_a_cpu_is_named_with_what_tells_it_from_others_of_its_name(tmp_path: Path):
+    cpuinfo, cpu = tmp_path / "cpuinfo", torch.device("cpu")
+    one = "processor\t: {}\ncpu family\t: 25\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n"
+    cpuinfo.write_text(one.format(0, 17) + "\n" + one.format(1, 1))
+    assert processor_name(cpu, cpuinfo) == "AMD EPYC CPU (family 25 model 17)"
+    cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert processor_name(cpu, cpuinfo) == processor_name(cpu, tmp_path / "nowhere") == f"{platform.machine()} CPU"
 
 
 def test_what_a_resume_does_is_said(config, caplog: pytest.LogCaptureFixture):

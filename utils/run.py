@@ -316,16 +316,21 @@ def _then(before: str, now: str) -> str:
     return before if before.split(THEN)[-1] == now else before + THEN + now
 
 
-def processor_name(device: torch.device) -> str:
-    """A GPU's name, or the CPU's as Linux calls it, elsewhere its architecture."""
+def processor_name(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """A GPU's name, or the CPU's as Linux calls it, elsewhere its architecture.
+
+    With the numbers of the CPU's family and model where Linux tells them: a virtual machine may hide the true name, and
+    another model computes other bits.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = [line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines()]
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()} CPU"
+    told = {key.strip(): value.strip() for key, _, value in reversed(lines)}  # of the first processor
+    numbers = [f"{key} {told[of]}" for key, of in (("family", "cpu family"), ("model", "model")) if of in told]
+    return f"{told.get('model name', platform.machine())} CPU" + (f" ({' '.join(numbers)})" if numbers else "")
 
 
 def _write_config(folder: Path, config: Config) -> None:
