@@ -60,6 +60,11 @@ def describe(
         raise UserError(f"{root}: no such folder")
     preset = _preset(root)
     if preset is not None:
+        if labeled is not None or val != "1/10":
+            raise UserError(
+                f"{root}: the layout is that of configs/{preset}.json, whose lists say what is labeled and validated "
+                "on; leave --labeled and --val out, and draw other labeled images with prepare_data.py split draw"
+            )
         values = json.loads((PROJECT / "configs" / f"{preset}.json").read_text(encoding="utf-8"))
         return Description(values | {"data_root": str(root)}, [f"layout              as configs/{preset}.json has it"])
     layout = find_layout(root)
@@ -251,12 +256,13 @@ class _Lists:
                 block[role] = self._named(role, source)
                 self.notes.append(f"{role + ' list':<20}{source}: {len(self._ids(source))}")
                 held_out |= set(self._ids(source))
+        train = self._only("train")
         if "val" not in block:
-            drawn = self._draw_val(val, held_out, [set(self._ids(one)) if one else set() for one in (given, unlabeled)])
+            listed = [set(self._ids(one)) if one else set() for one in (given, unlabeled, train)]
+            drawn = self._draw_val(val, held_out, listed)
             block["val"] = self._make("val", drawn)
             held_out |= set(drawn)
             self.drawn = set(drawn)
-        train = self._only("train")
         ids = self._ids(train) if train else sorted(self.known)
         more = self._ids(unlabeled) if unlabeled else self.layout.alone  # besides those of a list for training
         ids = [one for one in sorted({*ids, *more}) if one not in held_out]
@@ -265,8 +271,12 @@ class _Lists:
         block |= self._labeled(ids, given, unlabeled, amount)
 
     def _draw_val(self, amount: str, held_out: set[str], listed: list[set[str]]) -> list[str]:
-        """Validation images, of those in no list if there are any; of the unlabeled list last. listed: both lists."""
-        for taken in (listed[0] | listed[1], listed[1], set()):
+        """Validation images, of those in no list if there are any; of the labeled and then the unlabeled list last.
+
+        listed: the ids of the lists labeled, unlabeled and train.
+        """
+        labeled, unlabeled, train = listed
+        for taken in (labeled | unlabeled | train, labeled | unlabeled, unlabeled, set()):
             rest = [one for one in self.layout.pairs if one not in held_out | taken]
             if len(rest) > 1:
                 order, _ = draw_order(rest, seed=self.seed)

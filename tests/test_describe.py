@@ -123,6 +123,24 @@ def test_validation_images_are_taken_from_no_list_where_there_are_others(tmp_pat
     assert set(files.ids("val")) < set(IDS[3:])
 
 
+def test_validation_images_are_not_taken_from_a_train_list_where_there_are_others(tmp_path: Path):
+    pairs(tmp_path / "root")
+    (tmp_path / "root/train.txt").write_text("\n".join(IDS[:10]))
+    _, files, _ = described(tmp_path / "root", val="1/2")
+    assert set(files.ids("val")) < set(IDS[10:])
+    assert {*files.ids("labeled"), *files.ids("unlabeled")} == set(IDS[:10])
+
+
+@pytest.mark.parametrize("given", [{"labeled": "1/4"}, {"val": "2"}])
+def test_a_known_layout_has_its_lists_and_takes_no_others(tmp_path: Path, given: dict[str, str]):
+    for part in ("leftImg8bit/train", "gtFine/train"):
+        (tmp_path / part).mkdir(parents=True)
+    found = describe(tmp_path, name="mine", lists=tmp_path / "lists")
+    assert found.notes == ["layout              as configs/configCityscapes.json has it"]
+    with pytest.raises(UserError, match=r"the layout is that of configs/configCityscapes.json, .* leave --labeled"):
+        describe(tmp_path, name="mine", lists=tmp_path / "lists", **given)
+
+
 def test_images_without_a_label_map_are_the_unlabeled_ones(tmp_path: Path):
     root = tmp_path / "root"
     for index, name in enumerate(IDS):

@@ -725,7 +725,9 @@ Made from `utils/config.py` by `make schema` (`python3 -m utils.config`); change
 
 A run is described by one JSON file. Only `dataset` is required; a key that is left out has its default. Keys that are
 unknown, of the wrong type or out of range are refused, all at once, each with its name and a suggestion, before any
-image is read. On a command line `--set KEY=VALUE` overrides a key: `--set training.unlabeled.mix_mask=cut`.
+image is read. On a command line `--set KEY=VALUE` overrides a key; the value is read as JSON, else as text:
+`--set training.unlabeled.mix_mask=cut`, `--set training.data.labeled_samples=null`,
+`--set 'training.data.scale_range=[0.5,2]'`.
 
 [`configs/config.schema.json`](../configs/config.schema.json) says the same to an editor, for completion and checks. The
 `config.json` in a run's folder holds every key with the value it had.
