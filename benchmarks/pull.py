@@ -135,11 +135,11 @@ def pull(folder: Path, *, batches: int) -> str:
     for step, (labeled, unlabeled) in enumerate(tqdm(zip(*streams, strict=True), total=batches), start=run.step):
         method.training_step(labeled, unlabeled, step=step)
         assert method.record is not None
-        _, _, _, views, seen, mixed = method.record
-        where = method.reliable_pixels(labeled, seen[0], views[0], mixed[0])
-        anchors["high_level"].add(torch.cat((seen[0].features, mixed[0].features)), *where)
-        where = method.unreliable_pixels(*views, *mixed)
-        anchors["low_level"].add(mixed[0].features, *where, peer_features=mixed[1].features)
+        _, _, _, views, on_labeled, on_view = method.record
+        where = method.reliable_pixels(labeled, on_labeled[0], views[0], on_view[0])
+        anchors["high_level"].add(torch.cat((on_labeled[0].features, on_view[0].features)), *where)
+        where = method.unreliable_pixels(*views, *on_view)
+        anchors["low_level"].add(on_view[0].features, *where, peer_features=on_view[1].features)
     lines = [f"**{folder}**, step {run.step}, {batches} batches", ""]
     lines += ["| term | similarity to what attracts | to what repels | pull, sum | pull, mean |", "| --- " * 5 + "|"]
     for term, found in anchors.items():

@@ -24,8 +24,9 @@ def random_crop(
     """One training crop of size ``data.input_size``.
 
     image: (H,W,3) uint8; label: (H,W) uint8. What does not reach the crop's size is padded at the right and the
-    bottom: image with the mean color, label with ``ignore_label``. Returns image, label and valid, a bool map that is
-    False on padding. Every draw is made whether it is used or not, so that switching one off leaves the others alone.
+    bottom, before it is mirrored: image with the mean color, label with ``ignore_label``. Returns image, label and
+    valid, a bool map that is False on padding. Every draw is made whether it is used or not, so that switching one off
+    leaves the others alone.
     """
     factor, top_share, left_share, mirror = rng.uniform(*data.scale_range), rng.random(), rng.random(), rng.random()
     if data.scale:

@@ -96,14 +96,14 @@ class CrossTeacher(nn.Module):
             "high_level": self.contrastive.high_weight,
             "low_level": self.contrastive.low_weight,
         }
-        # Never turns back, also when a class is first seen later; a buffer, so that a resumed run knows it too.
+        # Stays True, also when a class is first seen later; a buffer, so that a resumed run knows it too.
         self.register_buffer("banks_were_ready", torch.tensor(False))
         shift = None if class_shares is None else logit_shift(class_shares, config.training.logit_adjustment)
         self.register_buffer("logit_shift", shift, persistent=False)
         start = torch.zeros(config.num_classes) if class_shares is None else torch.as_tensor(class_shares).float()
         self.pseudo_label_shares = PseudoLabelShares(start, decay) if self.unlabeled.adjusts else None
         self.recording, self.record, self.observed = False, None, {}  # see ``observe``
-        self.contrast_started = False  # the same once it is True, known without waiting for the device
+        self.contrast_started = False  # banks_were_ready on the host, once True: no more waiting for the device
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -114,14 +114,15 @@ class CrossTeacher(nn.Module):
     def training_step(self, labeled: Batch, unlabeled: Batch | None, *, step: int, part: int = 0) -> Losses:
         """One step of the paper -> the losses of ``active_terms(step)`` for both peers, summed by ``total_loss``.
 
+        unlabeled: None only where ``supervised`` is the one active term.
         part: which part of the global batch this is, where it is shared among processes or accumulated.
         """
         terms = self.active_terms(step)
         losses: Losses = {}
-        seen = [student(student.normalization(labeled.images)) for student in self.students]
+        on_labeled = [student(student.normalization(labeled.images)) for student in self.students]
         labels, ignore = labeled.labels, self.config.ignore_label
         for own, _ in PEERS:
-            logits = upsample(seen[own].logits, labels)
+            logits = upsample(on_labeled[own].logits, labels)
             losses["supervised", own] = cross_entropy(logits, labels, ignore, self.logit_shift)
         if terms == ["supervised"] or unlabeled is None:
             return losses
@@ -129,19 +130,21 @@ class CrossTeacher(nn.Module):
         # The cross in cross teacher: what student `own` is to learn comes from the teacher of its peer.
         targets = [self.predict_target(own, peer, unlabeled.images) for own, peer in PEERS]  # (B,C,H,W), no gradient
         views = [self.strong_view(own, unlabeled, targets, step=step, part=part) for own, _ in PEERS]
-        mixed = [
+        on_view = [
             student(student.normalization(view.images)) for student, view in zip(self.students, views, strict=True)
         ]
         for own, peer in PEERS:
             if "cross_teacher" in terms:
-                losses["cross_teacher", own] = self.consistency(own, mixed[own], views[own], step=step)
+                losses["cross_teacher", own] = self.consistency(own, on_view[own], views[own], step=step)
             if "high_level" in terms:
                 draws = self.draws("high_level", own, step=step, part=part)
-                losses["high_level", own] = self.high_level(own, labeled, seen[own], views[own], mixed[own], draws)
+                losses["high_level", own] = self.high_level(
+                    own, labeled, on_labeled[own], views[own], on_view[own], draws
+                )
             if "low_level" in terms:
                 draws = self.draws("low_level", own, step=step, part=part)
-                losses["low_level", own] = self.low_level(views[own], views[peer], mixed[own], mixed[peer], draws)
-        self.record = StepRecord(labeled, unlabeled, targets, views, seen, mixed) if self.recording else None
+                losses["low_level", own] = self.low_level(views[own], views[peer], on_view[own], on_view[peer], draws)
+        self.record = StepRecord(labeled, unlabeled, targets, views, on_labeled, on_view) if self.recording else None
         return losses
 
     def total_loss(self, losses: Losses, *, step: int) -> Tensor:
@@ -165,9 +168,8 @@ class CrossTeacher(nn.Module):
         for student, teacher, bank in zip(self.students, self.teachers, self.banks, strict=True):
             teacher.update(student, step, frozen=frozen)
             if self.uses_banks:
-                here = [self.offer(teacher, bank, batch, max_new) for batch in labeled]
-                everywhere = gather([tensor for offer in here for tensor in offer])
-                offers = [Candidates(*one[i : i + 3]) for one in everywhere for i in range(0, len(one), 3)]
+                parts = [gather(self.offer(teacher, bank, batch, max_new)) for batch in labeled]  # of all processes
+                offers = [Candidates(*offer) for process in zip(*parts, strict=True) for offer in process]
                 bank.take(offers, max_new, step=step, frozen=frozen)
 
     def offer(self, teacher: EmaTeacher, bank: MemoryBank, labeled: Batch, max_new: int) -> Candidates:
@@ -222,11 +224,11 @@ class CrossTeacher(nn.Module):
         mask = draw_mix_masks(options.mix_mask, predicted, generator, ignore_label=self.config.ignore_label)
         source = torch.arange(valid.numel(), device=valid.device).view_as(valid)
 
-        parts = [mix(part, mask) for part in (unlabeled.images, targets[own], source, valid)]
+        fields = [mix(field, mask) for field in (unlabeled.images, targets[own], source, valid)]
         if options.flip:
             flips = draw_flips(len(valid), generator)
-            parts = [horizontal_flip(part, flips) for part in parts]
-        images, probabilities, source, valid = parts
+            fields = [horizontal_flip(field, flips) for field in fields]
+        images, probabilities, source, valid = fields
         strength = options.jitter_strength
         images = strong_augment(
             images, generator, color_jitter=options.color_jitter, blur=options.blur, jitter_strength=strength
@@ -234,9 +236,9 @@ class CrossTeacher(nn.Module):
         confidence, pseudo_label = probabilities.max(dim=1)
         return StrongView(images, probabilities, confidence, pseudo_label, source, valid)
 
-    def consistency(self, own: int, mixed: NetworkOutput, view: StrongView, *, step: int) -> Tensor:
+    def consistency(self, own: int, on_view: NetworkOutput, view: StrongView, *, step: int) -> Tensor:
         """The cross-teacher term L_ct of one student: its prediction on the strong view against the pseudo-label."""
-        options, logits = self.unlabeled, upsample(mixed.logits, view.images)
+        options, logits = self.unlabeled, upsample(on_view.logits, view.images)
         if options.consistency_loss == "MSE":
             share = confident_share(view.confidence, view.valid, options.confidence_threshold)
             return share * mean_squared_error(logits, view.probabilities, valid=view.valid)
@@ -254,16 +256,16 @@ class CrossTeacher(nn.Module):
         self,
         own: int,
         labeled: Batch,
-        seen: NetworkOutput,
+        on_labeled: NetworkOutput,
         view: StrongView,
-        mixed: NetworkOutput,
+        on_view: NetworkOutput,
         draws: torch.Generator | None = None,
     ) -> Tensor:
         """L_hc: a student's reliable features, labeled and unlabeled, against its own memory bank."""
         options, bank = self.contrastive, self.banks[own]
-        labels, mask = self.reliable_pixels(labeled, seen, view, mixed)
+        labels, mask = self.reliable_pixels(labeled, on_labeled, view, on_view)
         return high_level_contrast(
-            torch.cat((seen.features, mixed.features)),
+            torch.cat((on_labeled.features, on_view.features)),
             labels,
             mask,
             bank.entries,
@@ -275,28 +277,28 @@ class CrossTeacher(nn.Module):
         )
 
     def reliable_pixels(
-        self, labeled: Batch, seen: NetworkOutput, view: StrongView, mixed: NetworkOutput
+        self, labeled: Batch, on_labeled: NetworkOutput, view: StrongView, on_view: NetworkOutput
     ) -> tuple[Tensor, Tensor]:
         """(2B,h,w) int64 classes and bool anchors of L_hc: labeled pixels, then surely pseudo-labeled ones."""
         reliable = view.valid & (view.confidence >= self.contrastive.confidence)
-        labels = torch.cat((shrink(labeled.labels, seen.features), shrink(view.pseudo_label, mixed.features)))
+        labels = torch.cat((shrink(labeled.labels, on_labeled.features), shrink(view.pseudo_label, on_view.features)))
         known = torch.cat((labeled.labels != self.config.ignore_label, reliable))
-        return labels, shrink(known, seen.features)
+        return labels, shrink(known, on_labeled.features)
 
     def low_level(
         self,
         view: StrongView,
         peer_view: StrongView,
-        mixed: NetworkOutput,
-        peer_mixed: NetworkOutput,
+        on_view: NetworkOutput,
+        on_peer_view: NetworkOutput,
         draws: torch.Generator | None = None,
     ) -> Tensor:
         """L_lc: a student's unreliable features follow the surer peer student's features of the same pixel."""
         options = self.contrastive
-        peer_class, mask = self.unreliable_pixels(view, peer_view, mixed, peer_mixed)
+        peer_class, mask = self.unreliable_pixels(view, peer_view, on_view, on_peer_view)
         return low_level_contrast(
-            mixed.features,
-            peer_mixed.features.detach(),
+            on_view.features,
+            on_peer_view.features.detach(),
             peer_class,
             mask,
             [bank.entries for bank in self.banks],
@@ -308,21 +310,21 @@ class CrossTeacher(nn.Module):
         )
 
     def unreliable_pixels(
-        self, view: StrongView, peer_view: StrongView, mixed: NetworkOutput, peer_mixed: NetworkOutput
+        self, view: StrongView, peer_view: StrongView, on_view: NetworkOutput, on_peer_view: NetworkOutput
     ) -> tuple[Tensor, Tensor]:
         """(B,h,w) int64 classes by the peer student and bool anchors of L_lc: the same pixel, of which it is surer."""
         options = self.contrastive
-        confidence, _ = mixed.logits.detach().float().softmax(dim=1).max(dim=1)  # (B,h,w)
-        peer_confidence, peer_class = peer_mixed.logits.detach().float().softmax(dim=1).max(dim=1)
+        confidence, _ = on_view.logits.detach().float().softmax(dim=1).max(dim=1)  # (B,h,w)
+        peer_confidence, peer_class = on_peer_view.logits.detach().float().softmax(dim=1).max(dim=1)
         unreliable = view.valid & (view.confidence < options.confidence) & (view.source == peer_view.source)
-        mask = shrink(unreliable, mixed.features)
+        mask = shrink(unreliable, on_view.features)
         if options.direction == "confidence":
             mask = mask & (peer_confidence > confidence) & (peer_confidence >= options.confidence)
         return peer_class, mask
 
     def draws(self, what: str, own: int, *, step: int, part: int) -> torch.Generator:
         """Where the random numbers of one purpose in one step come from: the same after a resume, on any device."""
-        key = (self.config.seed, what, own, step, *((part,) if part else ()))
+        key = (self.config.seed, what, own, step, *((part,) if part else ()))  # part 0: as of a whole batch
         return torch.Generator().manual_seed(keyed_seed(*key))
 
     # ------------------------------------------------------------------------------------------------ its surroundings
@@ -337,7 +339,7 @@ class CrossTeacher(nn.Module):
         self.observed, self.record = describe(self, self.record, losses), None
 
     def step_buffers(self) -> list[Tensor]:
-        """What ``training_step`` itself changes."""
+        """What a forward pass changes, which a step that is not taken puts back."""
         counts = [] if self.pseudo_label_shares is None else [self.pseudo_label_shares.counted]
         return [*(buffer for student in self.students for buffer in student.buffers()), self.banks_were_ready, *counts]
 
@@ -348,7 +350,7 @@ class CrossTeacher(nn.Module):
         if not values:
             return {}
         numbers = torch.stack([value.detach().double().to(self.banks_were_ready.device) for value in values.values()])
-        return {tag: value for tag, value in zip(values, numbers.tolist(), strict=True) if value == value}
+        return {tag: value for tag, value in zip(values, numbers.tolist(), strict=True) if value == value}  # not NaN
 
     @torch.no_grad()
     def preview(self, batch: Batch, *, own: int, step: int) -> dict[str, Tensor]:
@@ -360,6 +362,7 @@ class CrossTeacher(nn.Module):
         view = self.strong_view(own, batch, targets, step=step)
         prediction = predict_probabilities(self.students[own], view.images, norm="running").argmax(dim=1)
         pixels = view.valid[0].numel()
+        # Where a pixel of its own image is shown.
         kept = view.source // pixels == torch.arange(len(view.source), device=view.source.device).view(-1, 1, 1)
         return {
             "weak view": batch.images,

@@ -29,8 +29,8 @@ class StepRecord(NamedTuple):
     unlabeled: Batch
     targets: Sequence[Tensor]
     views: "Sequence[StrongView]"
-    seen: Sequence[NetworkOutput]
-    mixed: Sequence[NetworkOutput]
+    on_labeled: Sequence[NetworkOutput]
+    on_view: Sequence[NetworkOutput]
 
 
 def describe(method: "CrossTeacher", record: StepRecord | None, losses: Mapping[tuple[str, int], Tensor]) -> Values:
@@ -40,7 +40,7 @@ def describe(method: "CrossTeacher", record: StepRecord | None, losses: Mapping[
         return values
     for (term, own), loss in losses.items():
         if loss.requires_grad:
-            outputs = [*record.seen[own], *record.mixed[own]]
+            outputs = [*record.on_labeled[own], *record.on_view[own]]
             values[f"gradient_norm/{term}/{own}"] = _gradient_norm(method.loss_weights[term] * loss, outputs)
     with torch.no_grad():
         values |= _pseudo_labels(method, record) | _agreement(record)
@@ -116,7 +116,7 @@ def _agreement(record: StepRecord) -> Values:
     """
     predicted = [
         upsample(output.logits.detach(), view.images).argmax(dim=1)
-        for output, view in zip(record.mixed, record.views, strict=True)
+        for output, view in zip(record.on_view, record.views, strict=True)
     ]
     taught = [target.argmax(dim=1) for target in record.targets]  # by the teacher of the peer, unless ablated
     first, second = record.views
@@ -137,10 +137,10 @@ def _anchors(method: "CrossTeacher", record: StepRecord) -> Values:
     values: Values = {}
     class_ids = torch.arange(method.config.num_classes, device=record.labeled.labels.device)
     for own, peer in ((0, 1), (1, 0)):
-        views, mixed = record.views, record.mixed
+        views, outputs = record.views, record.on_view
         found = {
-            "high_level": method.reliable_pixels(record.labeled, record.seen[own], views[own], mixed[own]),
-            "low_level": method.unreliable_pixels(views[own], views[peer], mixed[own], mixed[peer]),
+            "high_level": method.reliable_pixels(record.labeled, record.on_labeled[own], views[own], outputs[own]),
+            "low_level": method.unreliable_pixels(views[own], views[peer], outputs[own], outputs[peer]),
         }
         labels, mask = found["high_level"]
         has_entries = (method.banks[own].counts > 0)[labels.clamp(0, method.config.num_classes - 1)]

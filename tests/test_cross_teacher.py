@@ -132,7 +132,7 @@ def test_the_cross_teacher_term_is_adjusted_to_the_shares_of_its_own_pseudo_labe
     losses = method.training_step(labeled, unlabeled, step=0)
     counted = []
     for own in (0, 1):
-        view, logits = method.record.views[own], upsample(method.record.mixed[own].logits, labeled.labels)
+        view, logits = method.record.views[own], upsample(method.record.on_view[own].logits, labeled.labels)
         logits = logits + 0.5 * shares.log().view(3, 1, 1)  # no more: so far the shares count as those of the labels
         adjusted = F.cross_entropy(logits, view.pseudo_label, reduction="none")
         torch.testing.assert_close(losses["cross_teacher", own], (adjusted * view.valid).mean())
@@ -147,7 +147,7 @@ def test_the_cross_teacher_term_is_adjusted_to_the_shares_of_its_own_pseudo_labe
 
     losses = method.training_step(labeled, unlabeled, step=1)
     for own in (0, 1):
-        view, logits = method.record.views[own], upsample(method.record.mixed[own].logits, labeled.labels)
+        view, logits = method.record.views[own], upsample(method.record.on_view[own].logits, labeled.labels)
         shift = 0.5 * shares.log() + (method.pseudo_label_shares.average[own] / shares).log()
         logits = logits + shift.view(3, 1, 1)
         adjusted = F.cross_entropy(logits, view.pseudo_label, reduction="none")

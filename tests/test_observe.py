@@ -142,7 +142,7 @@ def test_gradient_norms_and_anchors_are_those_of_the_terms(tiny_config, batches)
     assert record is not None
     found = describe(method, record, losses)
     for (term, own), loss in losses.items():
-        outputs = [*record.seen[own], *record.mixed[own]]
+        outputs = [*record.on_labeled[own], *record.on_view[own]]
         gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
         norm = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5 * method.loss_weights[term]
         assert found[f"gradient_norm/{term}/{own}"].item() == pytest.approx(norm, rel=1e-4)

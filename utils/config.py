@@ -237,7 +237,7 @@ class UnlabeledConfig(Section):
 
     train_unlabeled: bool = Field(True, description="false: the supervised baseline, labeled images only")
     start_iteration: NotNegative = Field(0, description="before it only the supervised term is trained")
-    consistency_weight: Weight = Field(1.0, description="weight of the term `cross_teacher`")
+    consistency_weight: Weight = Field(1.0, description="weight of the term `cross_teacher`; 0: not computed")
     consistency_loss: Literal["CE", "MSE"] = Field("CE", description="how predictions are compared with the teacher's")
     pixel_weight: PixelWeight = Field(
         "threshold_uniform", description='weight of a pixel from the teacher\'s confidence; false: 1. For "CE"'
@@ -297,17 +297,24 @@ class ContrastiveConfig(Section):
         "placed well are let go",
     )
     confidence: Probability = Field(
-        0.75, description="at or above: a pixel is reliable (`high_level`); below: unreliable"
+        0.75,
+        description="of the teacher at or above: a pixel is reliable (`high_level`); below: unreliable (`low_level`), "
+        "and there the peer must reach it",
     )
     direction: Literal["confidence", "none"] = Field(
-        "confidence", description="`low_level` follows the peer only where the peer is more confident; none: everywhere"
+        "confidence",
+        description="`low_level` follows the peer only where it is surer and reliable; none: wherever the teacher is "
+        "unsure",
     )
     contrast_start: NotNegative | None = Field(
-        None, description="iteration at which both terms start; null: when every class seen is full in both banks"
+        None,
+        description="iteration at which both terms start; null: when, after one pass over the labeled images, every "
+        "class seen is full in both banks",
     )
     max_anchors: Positive | None = Field(
         None,
-        description="pixels a term, student and step compares with the banks, drawn evenly over classes; null: all",
+        description="pixels a term, student and part of a batch compares with the banks, drawn evenly over classes; "
+        "null: all",
     )
     memory_size: Positive = Field(256, description="entries a class in each memory bank")
     memory_confidence: Probability = Field(

@@ -1,8 +1,8 @@
 """The two contrastive terms on cosine similarities (paper: L_hc and L_lc).
 
-Both compare every anchor with every bank entry. At VOC size that matrix has 33 620 x 5 376 numbers, so some anchors
-are taken at a time. The gradient, which has a closed form, is computed along with the loss: of all those similarities
-nothing is kept for the backward pass and nothing is computed twice.
+Both compare every anchor with every bank entry. With 10 labeled and 10 unlabeled images of VOC that matrix has 33 620
+x 5 376 numbers, so some anchors are taken at a time. The gradient, which has a closed form, is computed along with the
+loss: of all those similarities nothing is kept for the backward pass and nothing is computed twice.
 """
 
 from collections.abc import Callable, Sequence
