@@ -46,12 +46,13 @@ def write_lists(labeled: Path, unlabeled: Path, folder: Path) -> str:
 
 def table(folder: Path) -> str:
     """Markdown: mIoU of the ensemble on near and far images, and in brackets each seed's difference to supervised."""
-    scores: dict[
-        tuple[int, str, str], dict[str, dict[int, float]]
-    ] = {}  # labeled, study, row -> near or far -> seed -> %
+    labels = {re.sub(r"\W+", "_", label).strip("_"): label for label in PRESETS["paper"]}  # by the names of folders
+    order = list(labels)
+    # (labeled, study, row) -> near or far -> seed -> %
+    scores: dict[tuple[int, str, str], dict[str, dict[int, float]]] = {}
     for path in sorted(folder.glob("*/*/result.json")):
         match = re.fullmatch(r"(.+)-seed=(\d+)-(near|far)", path.parent.name)
-        if match is None:
+        if match is None or match[1].split("-")[0] not in labels:
             raise UserError(f"{path.parent}: expected a name such as supervised-seed=0-near")
         result = json.loads(path.read_text(encoding="utf-8"))
         found = scores.setdefault((result["labeled"], path.parent.parent.name, match[1]), {"near": {}, "far": {}})
@@ -59,8 +60,6 @@ def table(folder: Path) -> str:
     if not scores:
         raise UserError(f"{folder}: no evaluation here; expected STUDY/ROW-seed=0-near/result.json")
     lines = ["| study | labeled | setting | near, mIoU % | far, mIoU % |", "| --- | --- | --- | --- | --- |"]
-    slugs = {re.sub(r"\W+", "_", label).strip("_"): label for label in PRESETS["paper"]}
-    order = list(slugs)
     for labeled, study, row in sorted(scores, key=lambda one: (*one[:2], order.index(one[2].split("-")[0]), one[2])):
         base = scores.get((labeled, study, "supervised"), {"near": {}, "far": {}})
         cells = []
@@ -71,7 +70,7 @@ def table(folder: Path) -> str:
             text = f"{statistics.mean(own.values()):.1f}" if own else "-"
             cells.append(text if row == "supervised" or not gains else f"{text} ({gains})")
         name, *settings = row.split("-")
-        lines.append(f"| {study} | {labeled} | {', '.join([slugs[name], *settings])} | {' | '.join(cells)} |")
+        lines.append(f"| {study} | {labeled} | {', '.join([labels[name], *settings])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
