@@ -45,13 +45,13 @@ class Description:
 
 
 def describe(
-    root: Path, *, name: str, lists: Path, labeled: str | None = None, val: str = "1/10", seed: int = 0
+    root: Path, *, name: str, lists: Path, labeled: str | None = None, val: str | None = None, seed: int = 0
 ) -> Description:
     """A configuration for the folder ``root``; for lists that it lacks, ``lists`` is the folder. Writes nothing.
 
     labeled: a fraction, a count, or a list below root; by default the root's only list of labeled images, else all
     images that have a label map if others have none, else 1/8 of the training images. val: how many images become
-    validation images where there is no list of them.
+    validation images where there is no list of them, by default 1/10.
 
     Raises UserError: no such folder, or nothing in it that images and label maps could be.
     """
@@ -60,7 +60,7 @@ def describe(
         raise UserError(f"{root}: no such folder")
     preset = _preset(root)
     if preset is not None:
-        if labeled is not None or val != "1/10":
+        if labeled is not None or val is not None:
             raise UserError(
                 f"{root}: the layout is that of configs/{preset}.json, whose lists say what is labeled and validated "
                 "on; leave --labeled and --val out, and draw other labeled images with prepare_data.py split draw"
@@ -89,7 +89,7 @@ def describe(
         )
     block = {"name": name, "root": str(root), "images": layout.images, "labels": layout.labels}
     ignore_label = _describe_classes(root, layout, block, found.notes)
-    _Lists(root, layout, lists, found).describe(block, labeled, val)
+    _Lists(root, layout, lists, found).describe(block, labeled, "1/10" if val is None else val)
     shown = [root / layout.images.replace("{id}", one) for one in layout.pairs[:200]]
     sizes = [size for path in shown if (size := _size_if_readable(path))]
     side = min(LARGEST_CROP, int(median(map(min, sizes))) if sizes else LARGEST_CROP)

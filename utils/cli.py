@@ -343,7 +343,7 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
         metavar="LIST|AMOUNT",
         help="list below the folder, fraction or count; default 1/8, or all that have a label map",
     )
-    add("--val", metavar="AMOUNT", default="1/10", help="images to validate on where no list says, default 1/10")
+    add("--val", metavar="AMOUNT", help="images to validate on where no list says, default 1/10")
     add("--backbone", help="default resnet50")
     add("--pretrained", help='default imagenet; "none" needs no download')
 

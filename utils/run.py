@@ -320,7 +320,7 @@ def processor_name(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) 
     """A GPU's name, or the CPU's as Linux calls it, elsewhere its architecture.
 
     With the numbers of the CPU's family and model where Linux tells them: a virtual machine may hide the true name, and
-    another model computes other bits.
+    another model may compute other bits.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
