@@ -6,9 +6,7 @@ from pathlib import Path
 
 from utils.cli import ablation_parser, comparison_parser, keeping_parser, overview_parser
 from utils.errors import run_script
-from utils.study import PRESETS, SPLITS, cells, check_lists, plan, plan_study, script_command
-
-__all__ = ["cells", "main", "plan"]
+from utils.study import PRESETS, SPLITS, check_lists, plan_study, script_command
 
 
 def main() -> int:

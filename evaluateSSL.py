@@ -3,7 +3,7 @@
 import sys
 from contextlib import suppress
 
-from utils.cli import data_overrides, evaluation_folder, evaluation_parser
+from utils.cli import data_overrides, device_of, evaluation_folder, evaluation_parser
 from utils.errors import UserError, run_script
 
 
@@ -22,7 +22,7 @@ def main() -> int:
     from utils.run import check_output, choose_device, origin_of
     from utils.visualize import save_confusion, write_label
 
-    device = choose_device("auto" if args.gpu is None else "cpu" if args.gpu == -1 else f"cuda:{args.gpu}")
+    device = choose_device(device_of(args.gpu))
     path = resolve_checkpoint(args.model_path)
     networks, config, trained = load_trained(path, overrides=data_overrides(args))
     models = choose_models(networks, args.models)

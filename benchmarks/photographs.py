@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def write_dataset(
-    root: Path, *, images: int, size: tuple[int, int], classes: int, kind: str, grain: float, seed: int = 0
+    root: Path, *, images: int, size: tuple[int, int], classes: int, kind: str, grain: float
 ) -> dict[str, Any]:
     """Write images and label maps; return the values of a configuration's ``dataset``, every list holding all images.
 
@@ -21,7 +21,7 @@ def write_dataset(
         (root / folder).mkdir(parents=True)
     names = [f"{index:04d}" for index in range(images)]
     for index, name in enumerate(names):
-        rng = np.random.default_rng([seed, index])
+        rng = np.random.default_rng([0, index])
         options = {"quality": 92} if kind == "jpg" else {}
         Image.fromarray(photograph(*size, grain=grain, rng=rng)).save(root / "images" / f"{name}.{kind}", **options)
         Image.fromarray(label_map(*size, classes=classes, rng=rng)).save(root / "labels" / f"{name}.png")

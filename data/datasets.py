@@ -26,6 +26,7 @@ class DatasetFiles:
         self.config = config
         self.block: DatasetConfig = config.data
         self.root = Path(self.block.root)
+        self._lists: dict[str, list[str]] = {}  # read once: a list that changes during a run is not this run's
         if not self.root.is_dir():
             raise UserError(
                 f"{self.root}: no such folder for dataset {self.block.name}; "
@@ -260,6 +261,8 @@ class DatasetFiles:
 
     def _read_ids(self, source: str) -> list[str]:
         """Ids from a text file below root or this project, or, when ``source`` has a *, from the images that exist."""
+        if source in self._lists:
+            return self._lists[source]
         if "*" in source:
             if ".." in source.split("/"):
                 raise UserError(f"{source}: a pattern is matched below {self.root} and must not leave it")
@@ -276,4 +279,5 @@ class DatasetFiles:
             ids, what = read_ids(path), f"{path} is empty"
         if not ids:
             raise UserError(f"{what}; expected at least one")
+        self._lists[source] = ids
         return ids

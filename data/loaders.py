@@ -261,11 +261,11 @@ def evaluation_loader(
     )
 
 
-def preview_batch(files: DatasetFiles, count: int = 3) -> Batch:
+def preview_batch(files: DatasetFiles) -> Batch:
     """The middle of the first validation images, with labels: something to show."""
     still = files.config.training.data.model_copy(update={"scale": False, "crop": False, "flip": False})
     crops = []
-    for item in EvaluationImages(files, "val", "original").first(count):
+    for item in EvaluationImages(files, "val", "original").first(3):
         image = item.image.permute(1, 2, 0).numpy()
         height, width = image.shape[:2]
         label = resize(item.label.byte().numpy(), (height, width))

@@ -2,11 +2,10 @@
 
 from model.build import build_network, build_networks, build_students
 from model.cross_teacher import CrossTeacher
-from model.load import Trained, load_for_prediction, load_trained
+from model.load import load_for_prediction, load_trained
 
 __all__ = [
     "CrossTeacher",
-    "Trained",
     "build_network",
     "build_networks",
     "build_students",

@@ -97,8 +97,8 @@ class DeepLabV3PlusHead(nn.Module):
 class DeepLabV3Plus(SegmentationNetwork):
     """`num_classes` classes on a grid of stride 4; backbone: a key of `model.resnet.BACKBONES`.
 
-    deep_stem: None = as the public ImageNet weights of that backbone: deep for resnet101 (the release's),
-    plain for the others, so that torchvision's weights fit them whole.
+    Its stem is that of the backbone's public ImageNet weights, so that they fit it whole: deep for resnet101 (the
+    release's), plain for the others (torchvision's).
     """
 
     release_names = (
@@ -117,19 +117,13 @@ class DeepLabV3Plus(SegmentationNetwork):
     release_convention = WeightsConvention(normalization="release_voc", stride_place="conv2")
 
     def __init__(
-        self,
-        num_classes: int,
-        backbone: str = "resnet101",
-        *,
-        width: int = 64,
-        feature_channels: int = 256,
-        deep_stem: bool | None = None,
+        self, num_classes: int, backbone: str = "resnet101", *, width: int = 64, feature_channels: int = 256
     ) -> None:
         resnet = ResNet(
             backbone,
             output_stride=16,
             multi_grid=(1, 2, 4),  # dilations 2, 4, 8 in layer4
-            deep_stem=backbone == "resnet101" if deep_stem is None else deep_stem,
+            deep_stem=backbone == "resnet101",
             width=width,
         )
         head = DeepLabV3PlusHead(resnet.out_channels, resnet.low_level_channels, num_classes, feature_channels)

@@ -3,7 +3,6 @@
 Callers write `network(network.normalization(images))`, where images are RGB in [0, 1].
 """
 
-from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -114,11 +113,3 @@ class SegmentationNetwork(nn.Module):
         low_level, high_level = self.backbone(images)
         output: NetworkOutput = self.head(low_level, high_level)
         return output
-
-    def backbone_parameters(self) -> Iterator[nn.Parameter]:
-        """Each parameter of the backbone once, in the order of definition."""
-        return self.backbone.parameters()
-
-    def head_parameters(self) -> Iterator[nn.Parameter]:
-        """Each parameter outside the backbone once, in the order of definition."""
-        return self.head.parameters()

@@ -172,7 +172,7 @@ def find_weights(network: SegmentationNetwork, name_or_path: str) -> Path:
 
     file = _public_files(network).get(name_or_path)
     if file is None:
-        known = ", ".join(map(repr, _public_files(network))) or "none"
+        known = ", ".join(map(repr, _public_files(network)))
         raise WeightsError(
             f"no public {name_or_path} weights for {_describe(network)}; known: {known}; or give the path of a file"
         )
@@ -190,7 +190,7 @@ def _public_files(network: SegmentationNetwork) -> dict[str, WeightsFile]:
     """The public files that fit the network's backbone, by the names a configuration uses."""
     backbone = network.backbone
     if backbone.deep_stem:  # no COCO weights exist; under either name the release takes these
-        return dict.fromkeys(("imagenet", "coco"), DEEP_STEM_RESNET101) if backbone.name == "resnet101" else {}
+        return dict.fromkeys(("imagenet", "coco"), DEEP_STEM_RESNET101)
     from torchvision.models import get_model_weights  # takes seconds, and most commands do without
 
     url = get_model_weights(backbone.name)["IMAGENET1K_V1"].url
@@ -343,6 +343,6 @@ def _shapes(name: str, given: Tensor, wanted: Tensor) -> str:
     return f"{name} {tuple(given.shape)}, expected {tuple(wanted.shape)}"
 
 
-def _shorten(names: list[str], limit: int = 8) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+def _shorten(names: list[str]) -> str:
+    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + rest

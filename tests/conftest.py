@@ -2,11 +2,15 @@
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from data.demo import make_demo_dataset
 from utils.batch import Batch
 from utils.config import Config, check_config
 
@@ -15,6 +19,22 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CLASSES = 3
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    """Inputs and outputs of the release, as tensors."""
+    values = np.load(Path(__file__).parent / "golden" / f"{name}.npz")
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in values.items()}
+
+
+class Malicious:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
 
 
 def tiny_records(**records: Any) -> dict[str, Any]:
@@ -51,6 +71,12 @@ def tiny_values(**changes: Any) -> dict[str, Any]:
             block = block.setdefault(name, {})
         block[last] = value
     return values
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset that nobody changes; a test that spoils one copies it."""
+    return make_demo_dataset(tmp_path_factory.mktemp("data") / "demo", size=(48, 48), labeled=6, unlabeled=6, val=3)
 
 
 @pytest.fixture

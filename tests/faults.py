@@ -109,11 +109,6 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def freeze() -> None:
-    """Stop, and hold everything that is held."""
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
 def send(*numbers: int) -> None:
     """Signals to this process alone."""
     for number in numbers:
@@ -152,11 +147,11 @@ def hang(folder: str, prefix: str) -> None:
 class Training:
     """The training script in a process of its own, which leads a process group of its own."""
 
-    def __init__(self, folder: Path, *arguments: object, faults: tuple[Fault, ...] = (), threads: int = 1) -> None:
+    def __init__(self, folder: Path, *arguments: object, faults: tuple[Fault, ...] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._output, self._errors, self._steps = (_fresh(folder, kind) for kind in ("output", "errors", "steps"))
         files = tuple(map(str, (self._output, self._errors, self._steps)))
-        self._process = FORKS.Process(target=_train, args=(list(map(str, arguments)), files, faults, threads))
+        self._process = FORKS.Process(target=_train, args=(list(map(str, arguments)), files, faults))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -198,10 +193,6 @@ class Training:
         return [pid for pid, (state, group) in found.items() if group == self.pid and state not in "ZX"]
 
     @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    @property
     def errors(self) -> str:
         return self._errors.read_text()
 
@@ -226,13 +217,13 @@ def _state_and_group(pid: int) -> tuple[str, int]:
     return fields[0], int(fields[2])
 
 
-def _train(arguments: list[str], files: tuple[str, str, str], faults: tuple[Fault, ...], threads: int) -> None:
+def _train(arguments: list[str], files: tuple[str, str, str], faults: tuple[Fault, ...]) -> None:
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of loading processes, as in a process started by hand
     output, errors, steps = (os.open(path, os.O_WRONLY | os.O_APPEND) for path in files)
     os.dup2(output, 1)
     os.dup2(errors, 2)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     for fault in faults:
         fault.install()
     train_one = Trainer._train_one

@@ -13,17 +13,11 @@ from PIL import Image
 
 from data import DatasetFiles, training_loader
 from data.cache import DiskCache
-from data.demo import make_demo_dataset
 from data.loaders import TrainingCrops
 from tests.conftest import tiny_values
 from utils.batch import Batch
 from utils.config import check_config
 from utils.errors import StorageError, UserError
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_demo_dataset(tmp_path_factory.mktemp("data") / "demo", size=(48, 48), labeled=6, unlabeled=6, val=3)
 
 
 def files_of(demo: Path, **data: Any) -> DatasetFiles:

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import random
 import zipfile
 from pathlib import Path
 
@@ -36,33 +35,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
         save_checkpoint(tmp_path / "a.pth", {"step": 4})
     assert os.listdir(tmp_path) == ["a.pth"]
     assert load_checkpoint(tmp_path / "a.pth")["step"] == 3
-
-
-def test_seeded_corruptions_never_load_wrong_data(tmp_path: Path):
-    path = tmp_path / "a.pth"
-    save_checkpoint(path, STATE)
-    good = path.read_bytes()
-    rng = random.Random(0)
-    refused = 0
-    for _ in range(150):
-        bad = bytearray(good)
-        kind = rng.choice(["flip", "cut", "zero"])
-        at = rng.randrange(len(bad))
-        if kind == "flip":
-            bad[at] ^= 1 << rng.randrange(8)
-        elif kind == "cut":
-            bad = bad[:at]
-        else:
-            bad[at : at + 64] = bytes(len(bad[at : at + 64]))
-        path.write_bytes(bytes(bad))
-        try:
-            state = load_checkpoint(path)
-        except CheckpointError:
-            refused += 1
-        else:  # a byte that carries nothing, such as zip padding
-            assert torch.equal(state["method"]["weight"], STATE["method"]["weight"])
-            assert state["step"] == 3
-    assert refused > 100
 
 
 class Payload:

@@ -191,15 +191,6 @@ def test_names_in_the_configuration_are_those_of_the_registries():
     assert set(get_args(Config.model_fields["backbone"].annotation)) == set(BACKBONES)
 
 
-def test_a_file_with_the_release_s_keys_alone_is_valid(tmp_path: Path):
-    values = json.loads((PROJECT / "configs/configVOC.json").read_text())
-    for block, new in ((values, "$schema"), (values["training"], "contrastive"), (values["utils"], "val_protocol")):
-        del block[new]
-    values["training"]["unlabeled"] |= {"mix_mask": "None", "pixel_weight": False}
-    (tmp_path / "c.json").write_text(json.dumps(values))
-    assert load_config(tmp_path / "c.json").training.contrastive.high_weight == 0.1
-
-
 def test_a_preset_can_be_overridden_key_by_key(tmp_path: Path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps(tiny_values(dataset="pascal_voc")))

@@ -1,8 +1,6 @@
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,14 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.conftest import golden
 from utils.contrast import high_level_contrast, low_level_contrast
 
-GOLDEN = Path(__file__).parent / "golden"
 KINDS = ["high_level", "low_level"]
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
 
 
 def random_case(

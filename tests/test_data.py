@@ -159,6 +159,14 @@ def test_a_missing_root_or_list_names_its_path(config, root: Path):
         DatasetFiles(config()).ids("test")
 
 
+def test_a_list_that_changes_during_a_run_is_not_the_run_s(config, root: Path):
+    files = DatasetFiles(config())
+    ids, told = files.ids("val"), files.about("val")
+    write(root / "ImageSets/Segmentation/val.txt", IDS[0])
+    assert (files.ids("val"), files.about("val")) == (ids, told)
+    assert DatasetFiles(config()).ids("val") == [IDS[0]] != ids
+
+
 def test_a_seeded_split_is_drawn_from_the_sorted_list_and_said(config):
     with pytest.warns(UserWarning, match="seeded permutation of the sorted list"):
         first = [DatasetFiles(config(**from_train(training__data__labeled_samples=2))).ids(s) for s in SPLITS]

@@ -15,22 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.demo import make_demo_dataset
 from data.loaders import Positions
 from model.memory_bank import MemoryBank
 from tests.conftest import tiny_values
 from tests.test_scripts import ENVIRONMENT, PROJECT, SCRIPTS, run, write_config
 from utils.checkpoint import load_checkpoint
 from utils.config import check_config
-from utils.distributed import ALONE, World, _without_gpus, launch, part_size, process_group, world
+from utils.distributed import ALONE, World, launch, part_size, process_group, world
 from utils.errors import UserError
 from utils.logger import COSTS
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_demo_dataset(tmp_path_factory.mktemp("data") / "demo", size=(48, 48), labeled=6, unlabeled=6, val=3)
-
 
 # ------------------------------------------------------------------------------------------------ the same images
 
@@ -53,11 +46,6 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     config = check_config(tiny_values(training__batch_size=5), source="test")
     with pytest.raises(UserError, match=r"batch_size 5 cannot be shared among 2 processes .* a multiple of 2"):
         part_size(config, World(0, 2))
-
-
-def test_the_command_of_a_process_is_that_of_all_without_the_number_of_gpus():
-    given = ["a.py", "--gpus", "2", "-n", "x", "--gpus=4", "--set", "a=1"]
-    assert _without_gpus(given) == ["a.py", "-n", "x", "--set", "a=1"]
 
 
 def test_a_part_of_torchrun_s_environment_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -276,7 +264,7 @@ from utils.distributed import launch, process_group
 from utils.errors import WeightsError, run_script
 def main():
     _, how, *several = sys.argv
-    if several:
+    if several and "RANK" not in os.environ:
         return launch(2)
     try:
         with process_group("cpu", timeout=60) as here:

@@ -33,11 +33,6 @@ from utils.run import STOP_SIGNALS
 from utils.trainer import Trainer
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return faults.tiny_demo(tmp_path_factory.mktemp("data") / "demo")
-
-
 @pytest.fixture
 def config(demo: Path, tmp_path: Path) -> Callable[..., Config]:
     return lambda **changes: load_config(write_config(tmp_path, demo, **changes))

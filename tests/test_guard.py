@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import CrossTeacher, build_networks
 from tests.test_cross_teacher import build, full_banks
+from tests.test_trainer import state_of
 from utils.batch import Batch
 from utils.config import Config
 from utils.errors import NonFiniteError
@@ -74,11 +75,6 @@ def trainer(config: Config, folder: Path, *, waits: bool) -> Trainer:
     )  # fmt: skip
     made.reads_every_step = waits
     return made
-
-
-def learned(one: Trainer) -> dict[str, Tensor]:
-    memory = one.optimizer.state_dict()["state"]
-    return one.method.state_dict() | {f"{kind} {k}": v[kind] for k, v in memory.items() for kind in v}
 
 
 class Waits(TorchDispatchMode):
@@ -174,7 +170,7 @@ def test_a_gpu_that_does_not_wait_learns_the_same(steps: Any):
         made, do = steps(waits=waits)
         for _ in range(4):
             do()
-        states.append(learned(made))
+        states.append(state_of(made))
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-5, msg=name)
 
@@ -221,7 +217,7 @@ def test_a_failed_step_leaves_adamw_and_the_shares_of_pseudo_labels_alone_until_
     made, do = steps(waits=False, **{f"training__{key}": value for key, value in changes.items()})
     made.scaler._init_scale = 16.0
     do()
-    before = {name: value.clone() for name, value in learned(made).items()}
+    before = {name: value.clone() for name, value in state_of(made).items()}
     assert any(name.startswith("exp_avg") for name in before)
     assert "pseudo_label_shares.average" in before
     predict_target = made.method.predict_target
@@ -229,7 +225,7 @@ def test_a_failed_step_leaves_adamw_and_the_shares_of_pseudo_labels_alone_until_
     do()
     made.method.predict_target = predict_target
     do()
-    assert [name for name, value in learned(made).items() if not torch.equal(value, before[name])] == []
+    assert [name for name, value in state_of(made).items() if not torch.equal(value, before[name])] == []
 
 
 def test_fp16_that_no_scale_helps_stops_with_the_cure(steps: Any):

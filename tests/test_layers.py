@@ -10,7 +10,7 @@ PROJECT = Path(__file__).parent.parent
 MAY_IMPORT = {"data": {"data", "utils"}, "model": {"model", "utils"}, "utils": {"utils"}}
 SCRIPTS = sorted(PROJECT.glob("*.py"))
 MODULES = sorted(path for package in MAY_IMPORT for path in (PROJECT / package).rglob("*.py"))
-TRAINING = [PROJECT / name for name in ("cross_teacher_contr.py", "cross_teacher_deeplabv3+.py")]
+TRAINING = [PROJECT / name for name in ("cross_teacher_contr.py", "cross_teacher_deeplabv3+.py", "ablate.py")]
 
 
 def imported(path: Path, *, top_level_only: bool = False) -> set[str]:

@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.conftest import golden
 from utils.losses import (
     PIXEL_WEIGHTS,
     confident_share,
@@ -18,12 +18,6 @@ from utils.losses import (
     pseudo_label_shift,
     weighted_cross_entropy,
 )
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
 
 
 def logits(*shape: int) -> Tensor:

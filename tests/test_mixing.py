@@ -7,15 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from tests.conftest import golden
 from utils.mixing import MIX_MASKS, _blobs, class_mask, cow_mask, cut_mask, draw_mix_masks, mix
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    return {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
 
 
 def seeded(seed: int = 0) -> torch.Generator:

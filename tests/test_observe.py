@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from data import DatasetFiles, training_loader
-from data.demo import make_demo_dataset
 from model.cross_teacher import StrongView
 from model.memory_bank import MemoryBank
 from model.network import NetworkOutput
@@ -21,11 +20,6 @@ from tests.test_cross_teacher import build, full_banks
 from tests.test_trainer import build as build_trainer
 from tests.test_trainer import state_of
 from utils.config import Config, check_config
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_demo_dataset(tmp_path_factory.mktemp("data") / "demo", size=(48, 48), labeled=6, unlabeled=6, val=3)
 
 
 @pytest.fixture

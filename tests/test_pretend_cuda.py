@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from data.demo import make_demo_dataset
 from tests.pretend_cuda import GPU, WAITS, PretendGpu
 from tests.test_scripts import ENVIRONMENT, PROJECT, SCRIPTS, run, write_config
 
@@ -24,11 +23,6 @@ OPTIONS = {
     "utils__val_per_iter": 100,
     "utils__save_checkpoint_every": 100,
 }
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_demo_dataset(tmp_path_factory.mktemp("data") / "demo", size=(48, 48), labeled=6, unlabeled=6, val=3)
 
 
 def on_gpu(*args: Any) -> dict[str, int]:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from model import pretrained
 from model.build import build_network
-from model.deeplabv3plus import DeepLabV3Plus
 from model.network import SegmentationNetwork
 from model.pretrained import WeightsError, WeightsFile, find_weights, load_pretrained, load_release_weights
 from model.resnet import ResNet
+from tests.conftest import Malicious
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -107,10 +107,10 @@ def test_torchvision_weights_move_the_stride_and_set_the_normalization(tmp_path:
 
 
 def test_deep_stem_backbone_loads_whole(tmp_path: Path) -> None:
-    source = DeepLabV3Plus(2, "resnet18", deep_stem=True).backbone.state_dict()
+    source, network = (build_network("DeepLabv3+", 2, "resnet101", width=8, feature_channels=32) for _ in range(2))
+    source = source.backbone.state_dict()
     del source["stride_in_conv1"]
-    torch.save({**source, "fc.weight": torch.zeros(1000, 512)}, tmp_path / "gluon.pth")
-    network = DeepLabV3Plus(2, "resnet18", deep_stem=True)
+    torch.save({**source, "fc.weight": torch.zeros(1000, 256)}, tmp_path / "gluon.pth")
     report = load_pretrained(network, tmp_path / "gluon.pth", peer=0)
     assert len(report.matched) == len(source)
     assert torch.equal(network.backbone.conv1[3].weight, source["conv1.3.weight"])
@@ -290,16 +290,6 @@ def test_imagenet_means_torchvisions_first_weights(backbone: str) -> None:
     file = pretrained._public_files(build_network("DeepLab", 2, backbone))["imagenet"]
     assert file.url.startswith("https://")
     assert file.name == f"{backbone}-{file.hash_prefix}.pth"
-
-
-class Malicious:
-    """Unpickling it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.path,)
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:

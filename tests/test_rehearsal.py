@@ -6,16 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.demo import make_demo_dataset
 from tests.faults import write_config
 from tests.test_scripts import run
 
 SCRIPT = "cross_teacher_contr.py"
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_demo_dataset(tmp_path_factory.mktemp("data") / "demo", size=(48, 48), labeled=6, unlabeled=6, val=3)
 
 
 def everything_below(folder: Path) -> dict[str, int]:
@@ -53,12 +47,18 @@ def test_a_dry_run_finds_what_a_run_would_stumble_over(demo: Path, tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_rehearsed_step_is_one_with_all_terms(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_steps_of_every_kind_are_taken_and_counted(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, weight: float
+):
     from tests.test_trainer import build
     from utils.config import load_config
     from utils.rehearsal import rehearse
 
-    trainer = build(load_config(write_config(tmp_path, demo, training__unlabeled__start_iteration=2)))
+    settings = {"start_iteration": 2, "consistency_weight": weight}
+    contrast = {"training__contrastive__contrast_start": 4}
+    settings = {f"training__unlabeled__{key}": value for key, value in settings.items()} | contrast
+    trainer = build(load_config(write_config(tmp_path, demo, **settings)))
     seen = []
     step_of = trainer.method.training_step
     monkeypatch.setattr(
@@ -67,5 +67,8 @@ def test_the_rehearsed_step_is_one_with_all_terms(demo: Path, tmp_path: Path, mo
     rehearse(trainer, images=3, evaluate_first=lambda count: trainer.evaluate(0, iter))
     terms = [{term for term, _ in names} for names in seen]
     assert terms[0] == {"supervised"}
-    assert terms[-1] == {"supervised", "cross_teacher", "high_level", "low_level"}
+    assert terms[-1] == {"supervised", *(["cross_teacher"] if weight else []), "high_level", "low_level"}
+    told = [int(steps) for steps in re.findall(r", (\d+) steps\)", capsys.readouterr().out)]
+    assert sum(told) == trainer.config.training.num_iterations, "also where two stretches have the same terms"
+    assert len(told) == 3
     assert all(torch.isfinite(p).all() for p in trainer.method.parameters())

@@ -323,7 +323,3 @@ def test_the_releases_files_train_unchanged_with_both_scripts(dataset: str, tmp_
         drawn = f"warning: no splits/{dataset}/split_{split}.txt: the labeled images are drawn by a seeded permutation"
         assert done.stderr.count(drawn) == 1
         assert done.stderr.count("(labeled images: hash ") == 1
-    few = run(script, "-c", tmp_path / "config.json", "-n", "few", "--data-root", tmp_path / "data", *small,
-              "--set=training.data.labeled_samples=5000")  # fmt: skip
-    assert few.returncode == 2
-    assert "labeled_samples is 5000, but the training list has" in few.stderr

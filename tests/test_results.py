@@ -24,7 +24,9 @@ RUNS = [path.parent for study in STUDIES for path in sorted(study.glob("*/*/resu
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
-def test_a_report_is_what_the_files_give(study: Path):
+def test_a_report_is_what_the_files_give(study: Path, monkeypatch: pytest.MonkeyPatch):
+    for drawn in ("_png", "_svg"):  # the text needs the pictures' names alone
+        monkeypatch.setattr(f"utils.study_figures.{drawn}", lambda *_: None)
     results = results_of_study(study)
     assert (study / "report.md").read_text() == as_markdown(results, draw_pictures(results))
 
@@ -64,8 +66,8 @@ def test_a_kept_run_can_be_trained_again_and_says_what_it_is(run: Path):
     result = json.loads((run / "result.json").read_text())
     assert result["step"] == config.training.num_iterations
     assert result["seed"] == config.seed
-    assert not result["commit"].endswith("+"), "made by a committed version"
-    assert all(measured(run, config.utils.val_protocol)[split]["commit"] == result["commit"] for split in ("test",))
+    assert "+" not in result["commit"], "made by a committed version"
+    assert measured(run, config.utils.val_protocol)["test"]["commit"] == result["commit"]
     for key in ("split hash", "labeled hash", "torch", "machine"):
         assert result[key]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ import data.datasets
 from data import DatasetFiles
 from data.splits import count_of, draw_order, hash_of, import_ids, parse_amount, read_ids, read_indices, write_ids
 from data.write_splits import draw_splits, take_names
-from tests.conftest import tiny_values
+from tests.conftest import Malicious, tiny_values
 from utils.config import check_config
 from utils.errors import UserError
 
@@ -171,16 +171,6 @@ def dump(path: Path, content: Any) -> Path:
 def test_a_pickled_array_of_indices_is_read(tmp_path: Path, protocol: int):
     path = dump(tmp_path / "split_0.pkl", pickle.dumps(np.array([3, 1, 2, 0]), protocol))
     assert read_indices(path) == [3, 1, 2, 0]
-
-
-class Malicious:
-    """Unpickling it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize(

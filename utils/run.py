@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,16 +74,24 @@ class Run:
 
         def note(number: int, _: Any) -> None:
             self.stop_signal = number
-            for any_of_them in previous:
-                signal.signal(any_of_them, signal.SIG_DFL)
+            for heard in STOP_SIGNALS:
+                if signal.getsignal(heard) == note:
+                    signal.signal(heard, signal.SIG_DFL)
 
-        heard = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup()]
-        previous = {number: signal.signal(number, note) for number in heard}
-        try:
+        with noting_signals(note):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def noting_signals(note: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and, where it would end the process, SIGHUP call ``note`` meanwhile."""
+    heard = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup()]
+    previous = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def check_request(

@@ -123,13 +123,13 @@ class Measurement:
         run = self.job.finished()
         assert run is not None, self.name
         protocol = self.job.config.utils.val_protocol
-        command = ["python3", str(PROJECT / EVALUATION), "--model-path", str(run / "checkpoint.pth")]
+        command = [*script_command(EVALUATION), "--model-path", str(run / "checkpoint.pth")]
         command += ["--split", self.split, "--protocol", protocol]
         command += ["--output", str(measurement_folder(run, self.split, protocol))]
         command += ["--data-root", self.job.config.data.root]
         # Not one of the settings that runs are compared by: it may have been given after the training.
         command += ["--set", f"dataset.test={json.dumps(self.job.config.data.test)}"] if self.split == "test" else []
-        gpu = {None: None, "cpu": "-1", "cuda": "0"}.get(device, (device or "").rpartition(":")[2])
+        gpu = {None: None, "auto": None, "cpu": "-1", "cuda": "0"}.get(device, (device or "").rpartition(":")[2])
         return (*command, *(["--gpu", gpu] if gpu is not None else []))
 
 
@@ -224,7 +224,7 @@ def plan(args: argparse.Namespace, cell: Cell, seed: int, study: Path) -> Job:
         raise UserError(f"--grid: {folder.name[:60]}... would name a folder with {len(folder.name)} characters")
     settings = [*args.set, *cell.settings, f"seed={seed}", f"utils.checkpoint_dir={json.dumps(str(folder))}"]
     config = load_config(args.config, overrides=settings)
-    command = ["python3", str(PROJECT / SCRIPTS[config.model]), "--config", str(args.config)]
+    command = [*script_command(SCRIPTS[config.model]), "--config", str(args.config)]
     command += ["--name", "run", "--resume", "auto", *(f"--set={setting}" for setting in settings)]
     return Job(cell, seed, folder, config, tuple(command))
 

@@ -30,14 +30,6 @@ class Table:
     numbers: bool = True
 
 
-@dataclass(frozen=True)
-class Commands:
-    """The commands that made the runs, each after what it is."""
-
-    title: str
-    commands: Sequence[tuple[str, str]]
-
-
 def write_report(results: Results, folder: Path, *, page: bool = True) -> str:
     """report.md, the pictures and, with ``page``, report.html; the text of report.md. Same results, same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,9 +258,10 @@ def _cost_table(results: Results) -> Table:
     return Table("Time and memory", note, ["setting", "seed", "seconds a step", "hours", "GiB"], rows)
 
 
-def _commands(results: Results) -> Commands:
+def _commands(results: Results) -> list[tuple[str, str]]:
+    """What each command made, and the command."""
     runs = [(f"{record.label}, seed {record.seed}", record.command) for record in results.records]
-    return Commands("Commands", [*(("this report", command) for command in results.commands), *runs])
+    return [*(("this report", command) for command in results.commands), *runs]
 
 
 def _warning(results: Results) -> str:
@@ -303,11 +296,8 @@ def as_markdown(results: Results, pictures: dict[str, Picture]) -> str:
         parts += [f"## {table.title}", table.note, _markdown_table(table)]
         if table.title == "Results":
             parts += [f"![{picture.title}]({name}.png)" for name, picture in pictures.items()]
-    listed = _commands(results)
-    parts += [
-        f"## {listed.title}",
-        "\n".join(f"# {what}\n{command}\n" for what, command in listed.commands).join(("```\n", "```")),
-    ]
+    commands = "\n".join(f"# {what}\n{command}\n" for what, command in _commands(results))
+    parts += ["## Commands", f"```\n{commands}```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -371,11 +361,10 @@ def as_html(results: Results, pictures: dict[str, Picture]) -> str:
     for table in tables(results):
         body.append(_html_table(table))
         body += [_html_figure(picture) for picture in pictures.values()] if table.title == "Results" else []
-    listed = _commands(results)
-    body.append(f"<h2>{listed.title}</h2>")
+    body.append("<h2>Commands</h2>")
     body += [
         f'<div class="soft">{escape(what)}</div><pre>{_html_command(command)}</pre>'
-        for what, command in listed.commands
+        for what, command in _commands(results)
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -12,7 +12,6 @@ from utils.config import different_keys
 from utils.errors import UserError
 from utils.study import (
     PRESETS,
-    PROJECT,
     SCRIPTS,
     SPLITS,
     failure_file,
@@ -22,6 +21,7 @@ from utils.study import (
     measurement_folder,
     read_json,
     refuse_untold,
+    script_command,
     shown,
 )
 
@@ -306,8 +306,8 @@ def _alone(folder: Path) -> Record:
     config = read_json(folder / "config.json")
     if config is None or "training" not in config or "seed" not in config:
         raise UserError(f"{folder / 'config.json'} is not the configuration of a run")
-    script = str(PROJECT / SCRIPTS.get(config.get("model", ""), SCRIPTS["DeepLab"]))
-    again = ["python3", script, "--config", str(folder / "config.json"), "--name", "again"]
+    script = SCRIPTS.get(config.get("model", ""), SCRIPTS["DeepLab"])
+    again = [*script_command(script), "--config", str(folder / "config.json"), "--name", "again"]
     return Record("", config["seed"], str(folder), shown(again), config=config, **_read(folder, config))
 
 

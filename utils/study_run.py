@@ -3,21 +3,18 @@
 import fcntl
 import os
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.config import dump_config
 from utils.errors import UserError
 from utils.files import write_json
-from utils.run import code_version
+from utils.run import code_version, noting_signals
 from utils.study import Job, Measurement, Study, finished_before, process_command, read_json, shown, steps_text
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PAUSE = 0.1  # seconds between two looks at the processes
 ESTIMATE = re.compile(r"^estimated time\s+([\d.]+) hours", re.MULTILINE)
 Say = Callable[[str], None]
@@ -55,7 +52,7 @@ class Runner:
         if waiting:
             self._commit = refuse_other_commit(self.study)
         _write_plan(self.study)
-        with self._noting_signals():
+        with noting_signals(lambda number, _: self._signals.append(number)):
             while self._running or (waiting and self.stop_signal is None):
                 if self.stop_signal is None:
                     self._start_some(waiting)
@@ -66,19 +63,6 @@ class Runner:
         _write_plan(self.study)  # once more: another process may have finished other rows of this study meanwhile
         if self.problem is not None and self.stop_signal is None:
             raise self.problem
-
-    @contextmanager
-    def _noting_signals(self) -> Iterator[None]:
-        def note(number: int, _: Any) -> None:
-            self._signals.append(number)
-
-        heard = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup
-        previous = {number: signal.signal(number, note) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _pass_on_signals(self) -> None:
         """Each signal once to each run: the first lets it finish its step and save, the second ends it."""

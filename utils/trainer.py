@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from utils.batch import Batch
@@ -389,11 +389,8 @@ def build_optimizer(networks: Iterable[Any], config: Config) -> Optimizer:
     multipliers = {"backbone": training.backbone_lr_multiplier, "head": training.head_lr_multiplier}
     groups = []
     for index, network in enumerate(networks):
-        parts: dict[str, list[nn.Parameter]] = {
-            "backbone": list(network.backbone_parameters()),
-            "head": list(network.head_parameters()),
-        }
-        for part, parameters in parts.items():
+        for part, module in (("backbone", network.backbone), ("head", network.head)):
+            parameters = list(module.parameters())
             base = learning_rate(config) * multipliers[part]
             free = [] if training.decay_norm_and_bias else [p for p in parameters if p.ndim <= 1]
             kept = [p for p in parameters if training.decay_norm_and_bias or p.ndim > 1]

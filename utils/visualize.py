@@ -156,9 +156,7 @@ def save_picture(path: Path, columns: Mapping[str, Any], *, title: str, config: 
                 drawn, ax=[axes[row][column] for row in range(rows)], fraction=0.05, pad=0.02, aspect=20 * rows
             )
     figure.suptitle(title, fontsize=11)
-    colors = np.array(
-        [colorize(np.array([[index]]), palette, ignore_label=ignore_label)[0, 0] for index in range(len(class_names))]
-    )
+    colors = colorize(np.arange(len(class_names)), palette, ignore_label=ignore_label)
     patches = [
         Patch(facecolor=color / 255, edgecolor="gray", label=name)
         for color, name in zip(colors, class_names, strict=True)
