@@ -344,5 +344,6 @@ def _shapes(name: str, given: Tensor, wanted: Tensor) -> str:
 
 
 def _shorten(names: list[str]) -> str:
-    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + rest
+    shown = names[:8]
+    rest = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + rest

@@ -10,7 +10,7 @@ PROJECT = Path(__file__).parent.parent
 MAY_IMPORT = {"data": {"data", "utils"}, "model": {"model", "utils"}, "utils": {"utils"}}
 SCRIPTS = sorted(PROJECT.glob("*.py"))
 MODULES = sorted(path for package in MAY_IMPORT for path in (PROJECT / package).rglob("*.py"))
-TRAINING = [PROJECT / name for name in ("cross_teacher_contr.py", "cross_teacher_deeplabv3+.py", "ablate.py")]
+SHORT = [PROJECT / name for name in ("cross_teacher_contr.py", "cross_teacher_deeplabv3+.py", "ablate.py")]
 
 
 def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
@@ -47,8 +47,8 @@ def test_scripts_answer_help_and_wrong_keys_before_torch_is_imported(path: Path)
     assert not imported(path, top_level_only=True) & heavy
 
 
-@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
-def test_training_scripts_only_wire(path: Path):
+@pytest.mark.parametrize("path", SHORT, ids=lambda path: path.name)
+def test_scripts_that_only_wire_are_short(path: Path):
     assert len(path.read_text().splitlines()) <= 90
 
 
